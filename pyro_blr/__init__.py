@@ -1,0 +1,1 @@
+"""The Bayesian learning rule for Pyro."""

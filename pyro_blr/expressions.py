@@ -1,0 +1,419 @@
+"""Expressions: what a torch program did to some tensors, as data.
+
+A model runs once with each latent value replaced by a `Recorded` tensor.  Every torch function that touches one leaves
+a `Node` on a `Tape`; what does not depend on a latent is computed as usual and enters as an input.  A tape is a pure function
+of (latents, inputs): it is evaluated, differentiated and batched by `torch.func` like any other.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Departure", "Input", "Latent", "Node", "Recorded", "Recording", "Ref", "Tape", "plain", "source_line"]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The value of node `index` of a tape."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Input:
+    """The tensor `index` of a tape's inputs: data, parameters, indices, anything that depends on no latent."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Stands as the `function` of a leaf node: the value of the latent called `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """One call of a torch function: `function(*args, **kwargs)` with `Ref`s and `Input`s for tensors."""
+
+    function: Callable | Latent
+    args: tuple
+    kwargs: Mapping[str, Any]
+    source: str
+
+    @property
+    def name(self) -> str:
+        """The word a user knows the operation by."""
+        if isinstance(self.function, Latent):
+            return self.function.name
+        name = getattr(self.function, "__name__", str(self.function))
+        if name == "__get__":
+            name = getattr(getattr(self.function, "__self__", None), "__name__", name)
+        return name.strip("_") if name.startswith("__") else name
+
+
+@dataclass(frozen=True)
+class Departure:
+    """A latent left torch: `.item()`, `if z > 0`, `.numpy()`, an in-place write.  The tape cannot follow it."""
+
+    operation: str
+    latents: frozenset[str]
+    source: str
+
+
+# Library code between the user's line and the torch call is skipped when a source line is sought.
+_LIBRARIES = tuple(
+    os.path.dirname(os.path.abspath(file)) + os.sep
+    for file in (torch.__file__, sys.modules["pyro"].__file__ if "pyro" in sys.modules else None, __file__)
+    if file is not None
+)
+
+
+def source_line() -> str:
+    """`file.py:12` of the innermost frame outside torch, Pyro and this package; empty where there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(_LIBRARIES) and not filename.startswith("<"):
+            if f"{os.sep}pyro{os.sep}" not in filename and f"{os.sep}contextlib" not in filename:
+                return f"{os.path.basename(filename)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+# Queries of a tensor's form, not of its value: answering them is no departure from the tape.
+_FORM = frozenset(
+    "dim size shape numel nelement ndim dtype device layout stride is_floating_point is_complex is_contiguous "
+    "requires_grad is_leaf is_cuda is_sparse is_quantized is_meta is_mkldnn is_mps is_nested names storage_offset "
+    "grad grad_fn _version retains_grad is_signed element_size data_ptr get_device __len__ __repr__ __format__ __hash__ "
+    "ndimension type is_inference is_conj is_neg _is_view is_shared is_pinned itemsize nbytes has_names "
+    "is_same_size can_cast result_type is_tensor is_storage get_default_dtype output_nr _base __dir__ __deepcopy__ "
+    "is_cpu is_xla is_ipu is_xpu is_vulkan is_maia is_mtia is_sparse_csr real_if_close register_hook _backward_hooks".split()
+)
+_ALIASES = frozenset({"detach", "data", "requires_grad_", "retain_grad", "contiguous"})
+
+
+def _identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _stack(items: Any, **options: Any) -> Tensor:
+    """`torch.tensor` of a nested list of scalar tensors, followed by derivatives as torch's is not."""
+    options.pop("requires_grad", None)
+    if isinstance(items, (tuple, list)):
+        return torch.stack([_stack(item, **options) for item in items])
+    return torch.as_tensor(items, **options)
+
+
+def _out_of_place(function: Callable) -> Callable:
+    """`x.add_(y)` as a function of values: the result of the write on a copy of x."""
+
+    def written(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = x.clone()
+        function(x, *args, **kwargs)
+        return x
+
+    written.__name__ = getattr(function, "__name__", "write")
+    return written
+
+
+def _function_name(function: Callable) -> str:
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(function, "__self__", None), "__name__", name)
+    return name
+
+
+def _writes(name: str) -> bool:
+    if name in ("__setitem__", "__set__"):
+        return True
+    if name.startswith("__i") and name.endswith("__"):
+        return name not in ("__invert__", "__int__", "__index__", "__iter__")
+    return name.endswith("_") and not name.endswith("__") and name not in _ALIASES
+
+
+class Recorded(torch.Tensor):
+    """A tensor that remembers the torch function and operands it came from (compare Pyro's `ProvenanceTensor`)."""
+
+    _value: Tensor
+    _tape: Tape
+    _index: int
+
+    @staticmethod
+    def wrap(value: Tensor, tape: Tape, index: int) -> Recorded:
+        recorded = value.detach().as_subclass(Recorded) if value.requires_grad else value.as_subclass(Recorded)
+        recorded._value, recorded._tape, recorded._index = value, tape, index
+        return recorded
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Recorded({self._value!r})"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        kwargs = kwargs or {}
+        operands = list(_recorded_in((args, kwargs)))
+        tape = next((operand._tape for operand in operands if not operand._tape.closed), None)
+        if tape is None:
+            return func(*plain(args), **plain(kwargs))
+        return tape.call(func, args, kwargs, operands)
+
+
+class Recording(TorchFunctionMode):
+    """Follows, besides `Recorded` tensors, plain ones that a latent was written into (`x[i] = z`)."""
+
+    def __init__(self, tape: Tape):
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        kwargs = kwargs or {}
+        if self.tape.written:
+            args, kwargs = self.tape.recognise(args), self.tape.recognise(kwargs)
+        operands = list(_recorded_in((args, kwargs)))
+        return self.tape.call(func, args, kwargs, operands) if operands else func(*args, **kwargs)
+
+
+def _recorded_in(tree: Any) -> Iterator[Recorded]:
+    if isinstance(tree, Recorded):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _recorded_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _recorded_in(item)
+
+
+def plain(tree: Any) -> Any:
+    """The same tree with every recorded tensor replaced by its value."""
+    if isinstance(tree, Recorded):
+        return tree._value
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(plain(item) for item in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(plain(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: plain(item) for key, item in tree.items()}
+    return tree
+
+
+@dataclass
+class Tape:
+    """Nodes in the order they ran, and the tensors they took from outside."""
+
+    nodes: list[Node] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    departures: list[Departure] = field(default_factory=list)
+    closed: bool = False
+    written: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    _input_index: dict[int, int] = field(default_factory=dict)
+    _latents: list[frozenset[str]] = field(default_factory=list)
+    _needed: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
+
+    def latent(self, name: str, value: Tensor) -> Recorded:
+        """A leaf: the value of the latent `name`, to be followed from here on."""
+        self._append(Node(Latent(name), (), {}, source_line()), frozenset([name]))
+        return Recorded.wrap(value, self, len(self.nodes) - 1)
+
+    def record(self, function: Callable, args: tuple, kwargs: dict, result: Tensor) -> Recorded:
+        node = Node(function, self._skeleton(args), self._skeleton(kwargs), source_line())
+        self._append(node, self._union((args, kwargs)))
+        return Recorded.wrap(plain(result), self, len(self.nodes) - 1)
+
+    def record_tuple(self, function: Callable, args: tuple, kwargs: dict, result: Sequence) -> Any:
+        whole = Node(function, self._skeleton(args), self._skeleton(kwargs), source_line())
+        self._append(whole, self._union((args, kwargs)))
+        ref = Ref(len(self.nodes) - 1)
+        items = []
+        for position, item in enumerate(result):
+            if isinstance(item, Tensor):
+                self._append(Node(operator.getitem, (ref, position), {}, whole.source), self._latents[ref.index])
+                item = Recorded.wrap(plain(item), self, len(self.nodes) - 1)
+            items.append(item)
+        return type(result)(items) if type(result) in (tuple, list) else tuple(items)
+
+    def call(self, function: Callable, args: tuple, kwargs: dict, operands: list[Recorded]) -> Any:
+        """Runs `function` on the values of its operands and records what it did."""
+        name = _function_name(function)
+        if _writes(name):
+            return self._record_write(function, args, kwargs)
+        if function is torch.tensor:
+            return self.record(_stack, args, kwargs, function(*plain(args), **plain(kwargs)))
+        result = function(*plain(args), **plain(kwargs))
+        if kwargs.get("out") is not None:
+            return self._record_out(function, args, kwargs)
+        if isinstance(result, Tensor):
+            return self.record(_identity if name in _ALIASES else function, args, kwargs, result)
+        if isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result):
+            return self.record_tuple(function, args, kwargs, result)
+        if name not in _FORM:
+            self.depart(name, operands)
+        return result
+
+    def _record_write(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """A write is a new value of the tensor written to, plain or recorded."""
+        target = args[0]
+        before = plain(target).clone()
+        node_args = (self.reference(target) if isinstance(target, Recorded) else self.input(before), *args[1:])
+        node = Node(_out_of_place(function), self._skeleton(node_args), self._skeleton(kwargs), source_line())
+        self._append(node, self._union((args, kwargs)))
+        result = function(*plain(args), **plain(kwargs))
+        if isinstance(target, Recorded):
+            target._index = len(self.nodes) - 1
+        self.written[id(plain(target))] = (plain(target), len(self.nodes) - 1)
+        return target if result is not None else None
+
+    def _record_out(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        out = plain(kwargs["out"])
+        rest = {key: value for key, value in kwargs.items() if key != "out"}
+        recorded = self.record(function, args, rest, out)
+        self.written[id(out)] = (out, recorded._index)
+        return recorded
+
+    def recognise(self, tree: Any) -> Any:
+        """The same tree with the tensors that latents were written into recorded."""
+        if isinstance(tree, Tensor) and not isinstance(tree, Recorded) and id(tree) in self.written:
+            return Recorded.wrap(tree, self, self.written[id(tree)][1])
+        if isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields"):
+            return type(tree)(self.recognise(item) for item in tree)
+        if isinstance(tree, dict):
+            return {key: self.recognise(item) for key, item in tree.items()}
+        return tree
+
+    def depart(self, operation: str, operands: Iterable[Recorded]) -> None:
+        latents = frozenset().union(*(self._latents[operand._index] for operand in operands))
+        self.departures.append(Departure(operation.strip("_"), latents, source_line()))
+
+    def latents_of(self, ref: Any) -> frozenset[str]:
+        """The latents an expression (a `Ref`, or anything that depends on none) was computed from."""
+        return self._latents[ref.index] if isinstance(ref, Ref) else frozenset()
+
+    def reference(self, value: Any) -> Any:
+        """`Ref` of a recorded tensor; other values unchanged."""
+        value = self.recognise(value)
+        if isinstance(value, Recorded):
+            return Ref(value._index)
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.reference(item) for item in value)
+        return value
+
+    def evaluate(
+        self, outputs: Sequence[Any], latents: Mapping[str, Tensor], inputs: Sequence[Tensor] | None = None
+    ) -> list[Any]:
+        """The values of `outputs` (`Ref`s; anything else is returned as it is) at `latents`; a pure function."""
+        inputs = self.inputs if inputs is None else inputs
+        values: dict[int, Any] = {}
+
+        def fill(skeleton: Any) -> Any:
+            if isinstance(skeleton, Ref):
+                return values[skeleton.index]
+            if isinstance(skeleton, Input):
+                return inputs[skeleton.index]
+            if isinstance(skeleton, (tuple, list)):
+                return type(skeleton)(fill(item) for item in skeleton)
+            if isinstance(skeleton, dict):
+                return {key: fill(item) for key, item in skeleton.items()}
+            if isinstance(skeleton, slice):
+                return slice(fill(skeleton.start), fill(skeleton.stop), fill(skeleton.step))
+            return skeleton
+
+        for index in self.needed(outputs):
+            node = self.nodes[index]
+            if isinstance(node.function, Latent):
+                values[index] = latents[node.function.name]
+            else:
+                values[index] = node.function(*fill(node.args), **fill(node.kwargs))
+        return [values[output.index] if isinstance(output, Ref) else output for output in outputs]
+
+    def needed(self, outputs: Sequence[Any]) -> tuple[int, ...]:
+        """The nodes that `outputs` depend on, in order."""
+        roots = tuple(sorted({output.index for output in outputs if isinstance(output, Ref)}))
+        if roots not in self._needed:
+            wanted, stack = set(), list(roots)
+            while stack:
+                index = stack.pop()
+                if index not in wanted:
+                    wanted.add(index)
+                    stack.extend(ref.index for ref in refs_in((self.nodes[index].args, self.nodes[index].kwargs)))
+            self._needed[roots] = tuple(sorted(wanted))
+        return self._needed[roots]
+
+    def structure(self, outputs: Sequence[Any]) -> tuple:
+        """A hashable description of how `outputs` are computed: everything but the values of the inputs."""
+        rows = []
+        for index in self.needed(outputs):
+            node = self.nodes[index]
+            function = node.function if isinstance(node.function, Latent) else _stable(node.function)
+            rows.append((index, function, self._describe(node.args), self._describe(node.kwargs)))
+        return tuple(rows)
+
+    def _describe(self, skeleton: Any) -> Any:
+        if isinstance(skeleton, Input):
+            tensor = self.inputs[skeleton.index]
+            return ("input", tuple(tensor.shape), tensor.dtype, tensor.device)
+        if isinstance(skeleton, (tuple, list)):
+            return tuple(self._describe(item) for item in skeleton)
+        if isinstance(skeleton, dict):
+            return tuple(sorted((key, self._describe(item)) for key, item in skeleton.items()))
+        if isinstance(skeleton, slice):
+            return ("slice", self._describe(skeleton.start), self._describe(skeleton.stop), self._describe(skeleton.step))
+        return repr(skeleton) if getattr(type(skeleton), "__hash__", None) is None else skeleton
+
+    def _append(self, node: Node, latents: frozenset[str]) -> None:
+        self.nodes.append(node)
+        self._latents.append(latents)
+
+    def _union(self, tree: Any) -> frozenset[str]:
+        return frozenset().union(*(self._latents[operand._index] for operand in _recorded_in(tree)))
+
+    def _skeleton(self, tree: Any) -> Any:
+        if isinstance(tree, Recorded):
+            return Ref(tree._index)
+        if isinstance(tree, Tensor):
+            return self.input(tree)
+        if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
+            return tuple(self._skeleton(item) for item in tree)
+        if isinstance(tree, list):
+            return [self._skeleton(item) for item in tree]
+        if isinstance(tree, dict):
+            return {key: self._skeleton(item) for key, item in tree.items()}
+        if isinstance(tree, slice):
+            return slice(self._skeleton(tree.start), self._skeleton(tree.stop), self._skeleton(tree.step))
+        return tree
+
+    def input(self, tensor: Tensor) -> Input:
+        """The input that stands for `tensor`, one for each tensor object."""
+        index = self._input_index.get(id(tensor))
+        if index is None:
+            index = self._input_index[id(tensor)] = len(self.inputs)
+            self.inputs.append(tensor)
+        return Input(index)
+
+
+def _stable(function: Callable) -> Any:
+    """A name for `function` that is the same in the next recording."""
+    return (getattr(function, "__module__", None), getattr(function, "__qualname__", None), _function_name(function))
+
+
+def refs_in(tree: Any) -> Iterator[Ref]:
+    """The `Ref`s inside the arguments of a node."""
+    if isinstance(tree, Ref):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from refs_in(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from refs_in(item)
+    elif isinstance(tree, slice):
+        yield from refs_in((tree.start, tree.stop, tree.step))

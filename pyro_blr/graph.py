@@ -1,0 +1,415 @@
+"""A Pyro model as factors: log p(z, x) = Σ_f s_f log f, one factor a `sample` statement.
+
+`run_model` runs the program plainly; `capture` runs it once more with recorded latents and returns a `FactorGraph`.
+This is the only file that runs a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.distribution import COERCIONS
+from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDistributionMixin
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_blr.expressions import Recorded, Recording, Ref, Tape, plain, source_line
+
+__all__ = ["Constructed", "Factor", "FactorGraph", "Plate", "Site", "capture", "generic_value", "run_model", "unwrap"]
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorised `pyro.plate` around a site: `size` elements of which `subsample_size` are in this run."""
+
+    name: str
+    dim: int
+    size: int
+    subsample_size: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """A latent `sample` statement: what its variational factor has to know."""
+
+    name: str
+    distribution: Any
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    plates: tuple[Plate, ...]
+    infer: Mapping[str, Any]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.shape[: len(self.shape) - self.distribution.event_dim]
+
+    @property
+    def support(self) -> Any:
+        return self.distribution.support
+
+    @property
+    def scale(self) -> float:
+        """s_i: the plates' part of the factor's scale, which the guide's own statement carries too."""
+        scale = 1.0
+        for plate in self.plates:
+            scale *= plate.size / max(plate.subsample_size, 1)
+        return scale
+
+
+@dataclass(frozen=True)
+class Constructed:
+    """A distribution as the program wrote it: its class and the arguments of its constructor, as expressions."""
+
+    distribution_class: type
+    arguments: Mapping[str, Any]
+    batch_shape: torch.Size
+    event_dim: int
+    reinterpreted: int
+    mask: Any = None
+
+    def rebuild(self, tape: Tape, latents: Mapping[str, Tensor], inputs: Any = None) -> Any:
+        """The distribution at given latents, before Independent and masks."""
+        names = list(self.arguments)
+        values = tape.evaluate([self.arguments[name] for name in names], latents, inputs)
+        return self.distribution_class(**dict(zip(names, values, strict=True)), validate_args=False)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One term s_f log f of the joint density, over the expressions of its arguments, value, scale and mask."""
+
+    name: str
+    constructed: Constructed | None
+    distribution: Any
+    value: Any
+    scale: Any
+    mask: Any
+    plates: tuple[Plate, ...]
+    is_observed: bool
+    latents: frozenset[str]
+    source: str
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.distribution.batch_shape
+
+
+@dataclass
+class FactorGraph:
+    """Sites and factors of one run of a model, over one tape."""
+
+    tape: Tape
+    sites: dict[str, Site]
+    factors: dict[str, Factor]
+    values: dict[str, Tensor]
+    subsamples: dict[str, Tensor]
+    params: dict[str, Tensor] = field(default_factory=dict)
+    deterministic: dict[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def plates(self) -> dict[str, Plate]:
+        found = {}
+        for item in (*self.sites.values(), *self.factors.values()):
+            found.update({plate.name: plate for plate in item.plates})
+        return found
+
+    @property
+    def max_plate_nesting(self) -> int:
+        ranks = [len(site.batch_shape) for site in self.sites.values()]
+        return max([*ranks, *(len(factor.batch_shape) for factor in self.factors.values())], default=0)
+
+    def log_prob(self, name: str, latents: Mapping[str, Tensor]) -> Tensor:
+        """s_f log f at given latents, masked and scaled, one value for each element of the factor's batch."""
+        factor = self.factors[name]
+        if factor.constructed is None:
+            raise ValueError(f"factor {name!r} has no recorded constructor")
+        constructed = factor.constructed
+        value, mask, scale, inner = self.tape.evaluate(
+            [factor.value, factor.mask, factor.scale, constructed.mask], latents
+        )
+        result = constructed.rebuild(self.tape, latents).log_prob(value)
+        result = result.expand(torch.broadcast_shapes(result.shape, constructed.batch_shape))
+        if inner is not None:
+            result = torch.where(torch.as_tensor(inner, dtype=torch.bool), result, 0.0)
+        if constructed.reinterpreted:
+            result = result.flatten(-constructed.reinterpreted).sum(-1)
+        if mask is not None:
+            result = torch.where(torch.as_tensor(mask, dtype=torch.bool, device=result.device), result, 0.0)
+        return result * scale
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Running a model
+
+
+class _Substitute(Messenger):
+    """Gives every latent the value that `choose(name, distribution)` says, and every subsampled plate its indices."""
+
+    def __init__(self, choose: Callable[[str, Any], Tensor], subsamples: Mapping[str, Tensor] | None = None):
+        super().__init__()
+        self.choose, self.subsamples = choose, subsamples or {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["value"] is not None:
+            return
+        if isinstance(msg["fn"], _Subsample):
+            if msg["name"] in self.subsamples:
+                msg["value"] = self.subsamples[msg["name"]]
+        elif not _is_delta(msg["fn"]):
+            msg["value"] = self.choose(msg["name"], msg["fn"])
+
+
+def run_model(
+    model: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    choose: Callable[[str, Any], Tensor],
+    subsamples: Mapping[str, Tensor] | None = None,
+) -> poutine.Trace:
+    """One plain run of the model with chosen latents; draws (subsample indices, new parameters) come from torch's generator."""
+    with _Substitute(choose, subsamples):
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def latent_nodes(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
+    """The sample statements of a trace that inference has to find values for."""
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not node["is_observed"] and not isinstance(node["fn"], _Subsample):
+            if not _is_delta(node["fn"]):
+                yield name, node
+
+
+def subsample_values(trace: poutine.Trace) -> dict[str, Tensor]:
+    """The indices that each subsampled plate of a trace drew."""
+    return {
+        name: node["value"]
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and isinstance(node["fn"], _Subsample)
+    }
+
+
+def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1.0) -> Tensor:
+    """A value inside the support, the same for the same (name, shape, draw), that no special structure can fit by chance."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{draw}".encode()))
+    if distribution.has_enumerate_support:
+        states = distribution.enumerate_support(expand=False)
+        shape = distribution.batch_shape
+        index = torch.randint(states.shape[0], tuple(shape), generator=generator).to(states.device)
+        flat = states.reshape(states.shape[0], *distribution.event_shape)
+        return flat[index]
+    support = distribution.support
+    if getattr(support, "is_discrete", False):
+        with isolated_random_state(zlib.crc32(f"{name}:{draw}".encode())):
+            return distribution.sample()
+    transform = biject_to(support)
+    reference = _reference_tensor(distribution)
+    shape = transform.inverse_shape(distribution.batch_shape + distribution.event_shape)
+    unconstrained = (torch.rand(tuple(shape), generator=generator, dtype=torch.float64) * 2 - 1) * radius
+    return transform(unconstrained.to(dtype=reference.dtype, device=reference.device))
+
+
+def _reference_tensor(distribution: Any) -> Tensor:
+    """Any floating tensor of the distribution: it tells dtype and device."""
+    for part in (distribution, *_wrapped(distribution)):
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return plain(value)
+    return torch.empty(())
+
+
+def _wrapped(distribution: Any) -> Iterator[Any]:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+        yield distribution
+
+
+def _is_delta(distribution: Any) -> bool:
+    return isinstance(unwrap(distribution)[0], dist.Delta)
+
+
+@contextlib.contextmanager
+def isolated_random_state(seed: int | None = None) -> Iterator[None]:
+    """Whatever is drawn inside (torch on every device, NumPy, `random`) leaves the global generators as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            if seed is not None:
+                pyro.set_rng_seed(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Capturing a model
+
+
+@contextlib.contextmanager
+def _recorded_constructors() -> Iterator[None]:
+    """Distributions remember the arguments they were constructed with (attributes are normalised copies of them)."""
+
+    def construct(cls: type, args: tuple, kwargs: dict) -> Any:
+        distribution = type.__call__(cls, *args, **kwargs)
+        if not isinstance(distribution, TorchDistributionMixin):
+            return distribution
+        try:
+            bound = inspect.signature(cls).bind(*args, **kwargs).arguments
+        except (TypeError, ValueError):
+            return distribution
+        arguments = dict(bound)
+        arguments.pop("validate_args", None)
+        arguments.update(arguments.pop("kwargs", {}))
+        _remember(distribution, (cls, arguments, source_line()))
+        return distribution
+
+    COERCIONS.insert(0, construct)
+    try:
+        yield
+    finally:
+        COERCIONS.remove(construct)
+
+
+def _remember(distribution: Any, constructed: tuple) -> None:
+    """Attaches the constructor's arguments, here and to what `expand` makes of the distribution."""
+    expand = distribution.expand
+
+    def remembering_expand(*args: Any, **kwargs: Any) -> Any:
+        expanded = expand(*args, **kwargs)
+        if type(expanded) is type(distribution):
+            _remember(expanded, constructed)
+        return expanded
+
+    distribution.__dict__["_pyro_blr_constructed"] = constructed
+    distribution.__dict__["expand"] = remembering_expand
+
+
+def unwrap(distribution: Any) -> tuple[Any, int, Any]:
+    """(innermost distribution, number of batch dims that `to_event` reinterpreted, mask) below Independent, Expanded, Masked."""
+    reinterpreted, mask = 0, None
+    while True:
+        if isinstance(distribution, dist.MaskedDistribution):
+            mask = distribution._mask if mask is None else torch.as_tensor(mask) & torch.as_tensor(distribution._mask)
+        elif isinstance(distribution, torch.distributions.Independent):
+            reinterpreted += distribution.reinterpreted_batch_ndims
+        elif not isinstance(distribution, ExpandedDistribution):
+            return distribution, reinterpreted, mask
+        distribution = distribution.base_dist
+
+
+def capture(model: Callable, args: tuple, kwargs: Mapping[str, Any], trace: poutine.Trace) -> FactorGraph:
+    """The factors of the run that `trace` holds, recorded by running the model again with the same latents and subsamples.
+
+    Touches neither the global random state nor the parameters.  A model that cannot be recorded (it raises on recorded
+    tensors) gives factors without expressions and says why in `failure`.
+    """
+    values = {name: plain(node["value"]).detach().clone() for name, node in latent_nodes(trace)}
+    subsamples = subsample_values(trace)
+    tape, failure = Tape(), None
+    recorded: poutine.Trace = trace
+    try:
+        with isolated_random_state(0), pyro.validation_enabled(False), _recorded_constructors(), Recording(tape):
+            recorded = run_model(
+                model, args, kwargs, lambda name, _: tape.latent(name, values[name].clone()), subsamples
+            )
+    except Exception as error:  # the model's own code, run on an unusual tensor: any error means "not recordable"
+        failure, tape, recorded = f"{type(error).__name__}: {error}", Tape(), trace
+    tape.closed = True
+    graph = FactorGraph(tape, {}, {}, values, subsamples, failure=failure)
+    for name, node in recorded.nodes.items():
+        if node["type"] == "param":
+            graph.params[name] = plain(node["value"])
+        elif node["type"] == "sample" and not isinstance(node["fn"], _Subsample) and name in trace.nodes:
+            _add_statement(graph, name, node, trace.nodes[name])
+    return graph
+
+
+def _add_statement(graph: FactorGraph, name: str, node: dict, plain_node: dict) -> None:
+    tape = graph.tape
+    plates = _plates_of(name, node)
+    if node["infer"].get("_deterministic"):
+        graph.deterministic[name] = tape.reference(node["value"])
+        return
+    if name in graph.values:
+        value = graph.values[name]
+        graph.sites[name] = Site(
+            name, plain_node["fn"], value.shape, value.dtype, value.device, plates, dict(node["infer"])
+        )
+    factor = Factor(
+        name=name,
+        constructed=_constructed(tape, node["fn"]),
+        distribution=plain_node["fn"],
+        value=tape.reference(node["value"]),
+        scale=tape.reference(node["scale"]),
+        mask=tape.reference(node["mask"]),
+        plates=plates,
+        is_observed=node["is_observed"],
+        latents=frozenset(),
+        source=source_line(),
+    )
+    graph.factors[name] = replace(factor, latents=_latents_of(graph, factor))
+
+
+def _latents_of(graph: FactorGraph, factor: Factor) -> frozenset[str]:
+    if graph.failure is not None:
+        return frozenset(graph.values)
+    expressions = [factor.value, factor.scale, factor.mask]
+    if factor.constructed is not None:
+        expressions += [*factor.constructed.arguments.values(), factor.constructed.mask]
+    return frozenset().union(*(graph.tape.latents_of(item) for item in expressions))
+
+
+def _constructed(tape: Tape, distribution: Any) -> Constructed | None:
+    base, reinterpreted, mask = unwrap(distribution)
+    remembered = getattr(base, "_pyro_blr_constructed", None)
+    if remembered is None:
+        return None
+    cls, arguments, _ = remembered
+    references = {name: tape.reference(value) for name, value in arguments.items() if value is not None}
+    if any(_holds_recorded(value) for value in references.values()):
+        return None
+    shape = torch.Size(base.batch_shape)
+    outer = torch.Size(distribution.batch_shape)
+    if reinterpreted:
+        shape = outer + shape[len(shape) - reinterpreted :]
+    else:
+        shape = outer
+    return Constructed(cls, references, shape, len(base.event_shape), reinterpreted, tape.reference(mask))
+
+
+def _holds_recorded(value: Any) -> bool:
+    """Whether an argument (a distribution, a transform) hides a latent where its expression cannot be seen."""
+    if isinstance(value, Recorded):
+        return True
+    if isinstance(value, (Ref, Tensor, float, int, bool, str, torch.Size)) or value is None:
+        return False
+    if isinstance(value, (tuple, list)):
+        return any(_holds_recorded(item) for item in value)
+    if isinstance(value, dict):
+        return any(_holds_recorded(item) for item in value.values())
+    return any(_holds_recorded(item) for item in getattr(value, "__dict__", {}).values() if item is not value)
+
+
+def _plates_of(name: str, node: dict) -> tuple[Plate, ...]:
+    plates = []
+    for frame in node["cond_indep_stack"]:
+        if frame.vectorized:
+            size = frame.full_size if frame.full_size is not None else frame.size
+            plates.append(Plate(frame.name, frame.dim, size, frame.size))
+    return tuple(sorted(plates, key=lambda plate: plate.dim))
