@@ -1,0 +1,257 @@
+"""Blocks: the factors q_i of the variational distribution q(z) = Π_i q_i(z_i), and what each says about the model's sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_blr.families import (
+    Bernoulli,
+    Categorical,
+    ExponentialFamily,
+    LogNormal,
+    MultivariateNormal,
+    Normal,
+    TransformedNormal,
+    family_of,
+    pushforward_family,
+)
+from pyro_blr.graph import FactorGraph, Plate, Site, unwrap
+
+__all__ = ["Block", "build_blocks", "is_gaussian"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One site inside a block: which entries of the block's vector are its own."""
+
+    site: Site
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """q_i: an exponential family over one site, or one Gaussian over several.
+
+    λ has shape (*full_shape, p): the plates in full size, then `elements` dims of the site's event that the family treats one by
+    one.  A Gaussian over a whole event, or over several sites, is a `MultivariateNormal` over the flattened event.
+    """
+
+    name: str
+    family: ExponentialFamily
+    members: tuple[Member, ...]
+    plates: tuple[Plate, ...]
+    batch_shape: torch.Size
+    elements: int = 0
+    states: Tensor | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(member.site for member in self.members)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        return tuple(member.site.name for member in self.members)
+
+    @property
+    def is_discrete(self) -> bool:
+        return self.family.is_discrete
+
+    @property
+    def full_shape(self) -> torch.Size:
+        """Batch shape with every subsampled plate at its full size."""
+        shape = list(self.batch_shape)
+        for plate in self.plates:
+            shape[plate.dim - self.elements] = plate.size
+        return torch.Size(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = self.members[0].site.dtype
+        if dtype.is_floating_point:
+            return dtype
+        return torch.get_default_dtype()
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].site.device
+
+    @property
+    def scale(self) -> float:
+        return self.members[0].site.scale
+
+    @property
+    def num_states(self) -> int:
+        assert self.states is not None
+        return self.states.shape[0]
+
+    def values(self, leaf: Tensor) -> dict[str, Tensor]:
+        """The sites' values at a value of the block's own variable; shape (*batch, *event) -> the model's shapes."""
+        if isinstance(self.family, (LogNormal, TransformedNormal)) or len(self.members) > 1:
+            return {member.site.name: self._member_value(member, leaf) for member in self.members}
+        site = self.members[0].site
+        return {site.name: leaf.reshape(site.shape) if leaf.shape != site.shape else leaf}
+
+    def _member_value(self, member: Member, leaf: Tensor) -> Tensor:
+        site = member.site
+        if len(self.members) > 1:
+            part = leaf[..., member.start : member.stop]
+            support = site.support
+            if _is_real(support):
+                return part.reshape(site.shape)
+            transform = torch.distributions.biject_to(support)
+            shape = transform.inverse_shape(site.shape)
+            return transform(part.reshape(shape)).reshape(site.shape)
+        if isinstance(self.family, LogNormal):
+            return leaf.exp().reshape(site.shape)
+        assert isinstance(self.family, TransformedNormal)
+        return self.family.push(leaf).reshape(site.shape)
+
+    def select(self, natural: Tensor, subsamples: Mapping[str, Tensor]) -> Tensor:
+        """λ of the elements that are in this run."""
+        for plate in self.plates:
+            if plate.name in subsamples and plate.subsample_size != plate.size:
+                natural = natural.index_select(plate.dim - self.elements - 1, subsamples[plate.name].to(natural.device))
+        return natural
+
+    def scatter(self, natural: Tensor, selected: Tensor, subsamples: Mapping[str, Tensor]) -> Tensor:
+        """The full λ with the elements of this run replaced; the inverse of `select`."""
+        index: list[Any] = [slice(None)] * natural.dim()
+        subsampled = [p for p in self.plates if p.name in subsamples and p.subsample_size != p.size]
+        if not subsampled:
+            return selected
+        grids = torch.meshgrid(
+            *(
+                subsamples[plate.name].to(natural.device) if plate in subsampled else torch.arange(size, device=natural.device)
+                for size, plate in zip(natural.shape[:-1], self._plate_of_dims(), strict=True)
+            ),
+            indexing="ij",
+        )
+        index = list(grids)
+        natural = natural.clone()
+        natural[tuple(index)] = selected
+        return natural
+
+    def _plate_of_dims(self) -> list[Plate | None]:
+        rank = len(self.batch_shape)
+        found: list[Plate | None] = [None] * rank
+        for plate in self.plates:
+            found[rank + plate.dim - self.elements] = plate
+        return found
+
+
+def is_gaussian(family: ExponentialFamily) -> bool:
+    """Whether the family is a Gaussian over some variable: its own, its logarithm, or an unconstrained one."""
+    return isinstance(family, (Normal, MultivariateNormal, LogNormal, TransformedNormal))
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector) or isinstance(support, type(constraints.real))
+
+
+def build_blocks(graph: FactorGraph, blocks: str | Sequence[Sequence[str]] = "sites") -> dict[str, Block]:
+    """How q factorises: `"sites"`, `"elements"`, or a list of groups of site names (sites in no group stand alone)."""
+    groups = [tuple(group) for group in blocks] if not isinstance(blocks, str) else []
+    if isinstance(blocks, str) and blocks not in ("sites", "elements"):
+        raise ValueError(f'blocks={blocks!r}: expected "sites", "elements" or a list of groups of site names')
+    _check_groups(groups, graph)
+    grouped = {name: group for group in groups for name in group if len(group) > 1}
+    result: dict[str, Block] = {}
+    for name, site in graph.sites.items():
+        if name in grouped:
+            group = grouped[name]
+            if group[0] == name or "+".join(group) not in result:
+                result["+".join(group)] = _joint_block([graph.sites[member] for member in group])
+        else:
+            elementwise = site.infer.get("blr", {}).get("block", blocks) == "elements"
+            result[name] = _site_block(site, elementwise)
+    return result
+
+
+def _check_groups(groups: Iterable[tuple[str, ...]], graph: FactorGraph) -> None:
+    seen: set[str] = set()
+    for group in groups:
+        for name in group:
+            if name not in graph.sites:
+                raise ValueError(f"blocks names {name!r}, which is no latent site of the model; it has {sorted(graph.sites)}")
+            if name in seen:
+                raise ValueError(f"blocks names site {name!r} twice; each site belongs to one group")
+            if len(group) > 1 and graph.sites[name].support.is_discrete:
+                raise ValueError(f"blocks groups {name!r}, which is discrete; only continuous sites form a joint Gaussian")
+            seen.add(name)
+
+
+def _site_block(site: Site, elementwise: bool) -> Block:
+    base, reinterpreted, _ = unwrap(site.distribution)
+    event_dim = site.distribution.event_dim
+    family = site.infer.get("blr", {}).get("family")
+    states = None
+    if family is None:
+        if site.support.is_discrete:
+            family, states = _discrete_family(site, base)
+        else:
+            family = family_of(base)
+        if family is None and _is_real(site.support):
+            family = Normal()
+        if family is None:
+            family = pushforward_family(site.support, site.shape[len(site.shape) - event_dim :])
+            reinterpreted = 0
+    elements = event_dim - len(family.event_shape)
+    event = site.shape[len(site.shape) - event_dim :]
+    if isinstance(family, Normal) and event_dim > 0 and not elementwise:
+        family, elements = MultivariateNormal(event.numel()), 0
+    elif isinstance(family, MultivariateNormal) and elementwise:
+        family, elements = Normal(), event_dim
+    if isinstance(family, TransformedNormal):
+        elements = 0
+    batch = site.batch_shape + event[:elements] if elements > 0 else site.batch_shape
+    return Block(site.name, family, (Member(site, 0, event.numel()),), site.plates, torch.Size(batch), elements, states)
+
+
+def _discrete_family(site: Site, base: Any) -> tuple[ExponentialFamily, Tensor]:
+    if not base.has_enumerate_support:
+        raise ValueError(
+            f"site {site.name!r}: {type(base).__name__} is discrete with infinite support; found no exact sum over its states. "
+            "Marginalise it in the model, or give it a finite support"
+        )
+    states = base.enumerate_support(expand=False)
+    states = states.reshape(states.shape[0], *base.event_shape)
+    if isinstance(base, torch.distributions.Bernoulli):
+        return Bernoulli(), states
+    one_hot = isinstance(base, torch.distributions.OneHotCategorical)
+    return Categorical(states.shape[0], one_hot=one_hot), states
+
+
+def _joint_block(sites: Sequence[Site]) -> Block:
+    """One Gaussian over the unconstrained values of several sites; plates that all of them share stay a batch."""
+    shared = [plate for plate in sites[0].plates if all(plate in site.plates for site in sites)]
+    rank = max((-plate.dim for plate in shared), default=0)
+    complete = {plate.dim for plate in shared} == set(range(-rank, 0)) and all(
+        len(site.batch_shape) == rank for site in sites
+    )
+    plates = tuple(shared) if complete else ()
+    batch = sites[0].batch_shape if complete else torch.Size()
+    members, start = [], 0
+    for site in sites:
+        shape = site.shape
+        if not _is_real(site.support):
+            shape = torch.distributions.biject_to(site.support).inverse_shape(site.shape)
+        size = torch.Size(shape[len(batch) :]).numel()
+        members.append(Member(site, start, start + size))
+        start += size
+    if not complete and any(plate.subsample_size != plate.size for site in sites for plate in site.plates):
+        raise ValueError(
+            f"sites {[site.name for site in sites]} cannot form one block: they are in a subsampled plate that not all of them share"
+        )
+    return Block("+".join(site.name for site in sites), MultivariateNormal(start), tuple(members), plates, batch)
+
+
