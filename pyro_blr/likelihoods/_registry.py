@@ -1,0 +1,40 @@
+"""Distribution class -> likelihood template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch.distributions import Distribution
+
+from ._base import Likelihood
+
+_LIKELIHOODS: dict[type[Distribution], Likelihood] = {}
+_L = TypeVar("_L", bound=Likelihood)
+
+
+def register_likelihood(*distribution_classes: type[Distribution]) -> Callable[[type[_L]], type[_L]]:
+    """Class decorator: the template of factors that are distributions of these classes."""
+
+    def register(likelihood_class: type[_L]) -> type[_L]:
+        likelihood = likelihood_class()
+        for distribution_class in distribution_classes:
+            _LIKELIHOODS[distribution_class] = likelihood
+        return likelihood_class
+
+    return register
+
+
+def likelihood_of(distribution_class: type[Distribution]) -> Likelihood | None:
+    """The template registered for the class, or None.
+
+    A subclass inherits its base's template only where it inherits both density and constructor: Pyro's
+    ExtendedBinomial is a Binomial with another `log_prob`.
+    """
+    for base in distribution_class.__mro__:
+        if base in _LIKELIHOODS:
+            same = (
+                distribution_class.log_prob is base.log_prob and distribution_class.__init__ is base.__init__
+            )  # type: ignore[misc]
+            return _LIKELIHOODS[base] if same else None
+    return None
