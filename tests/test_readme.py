@@ -1,0 +1,40 @@
+"""What the README shows, runs; what it tells to type is what continuous integration types."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks_run_in_order(tmp_path: Path) -> None:
+    """One program from top to bottom, in a fresh interpreter: what a reader gets who pastes them."""
+    assert blocks("python")
+    script = tmp_path / "readme.py"
+    script.write_text("\n\n".join(blocks("python")))
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_commands_set_up_and_ci_runs_the_second() -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    assert len(commands) == 2
+    quickstart, tests = commands
+    assert quickstart.endswith("python examples/quickstart.py")
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_files_that_the_readme_links_to_exist() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert [t for t in targets if "://" not in t and not (ROOT / t).exists()] == []
