@@ -25,6 +25,7 @@ LAYERS = [
     "rules",
     "graph",
     "blocks",
+    "probe",
     "conjugacy",
     "messages",
     "guides",
@@ -42,6 +43,7 @@ LAYERS = [
 # Beyond the order: what a layer must not know although it stands lower.
 FORBIDDEN = {
     "kinds": {"families"},
+    "probe": {"estimators", "rules"},
     "likelihoods": {"families", "expressions", "kinds"},
     "estimators": {"families", "expressions", "kinds", "likelihoods"},
     "rules": {"families", "expressions", "kinds", "likelihoods", "estimators"},
