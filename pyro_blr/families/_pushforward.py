@@ -1,0 +1,94 @@
+"""From a support to the Normal pushed onto it."""
+
+import math
+from typing import Any
+
+import torch
+from pyro.distributions import constraints, transforms
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor
+from torch.distributions import biject_to
+
+from ._base import ExponentialFamily
+from .multivariate_normal import MultivariateNormal
+from .normal import Normal
+from .transformed_normal import TransformedNormal, support_key
+
+
+class LowerCholeskyVector(transforms.Transform):
+    """ℝ^{d(d+1)/2} -> lower triangular d × d matrices: the lower triangle, row by row, exp on the diagonal.
+
+    torch's LowerCholeskyTransform reads a whole matrix, so it is no bijection.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.lower_cholesky
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LowerCholeskyVector)
+
+    def _call(self, x: Tensor) -> Tensor:
+        dimension = self.forward_shape(x.shape)[-1]
+        rows, columns = torch.tril_indices(dimension, dimension, device=x.device).unbind(0)
+        flat = torch.zeros(dimension * dimension, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], -1)
+        matrix = flat.index_copy(-1, rows * dimension + columns, x).unflatten(-1, (dimension, dimension))
+        return matrix.tril(-1) + matrix.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows, columns = torch.tril_indices(y.shape[-1], y.shape[-1], device=y.device).unbind(0)
+        matrix = y.tril(-1) + y.diagonal(dim1=-2, dim2=-1).log().diag_embed()
+        return matrix[..., rows, columns]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def forward_shape(self, shape: Any) -> torch.Size:
+        dimension = (math.isqrt(8 * shape[-1] + 1) - 1) // 2
+        return torch.Size([*shape[:-1], dimension, dimension])
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        return torch.Size([*shape[:-2], shape[-1] * (shape[-1] + 1) // 2])
+
+
+def pushforward_family(support: Any, event_shape: torch.Size) -> ExponentialFamily | None:
+    """The Gaussian family of a support: Normal or MultivariateNormal on ℝ and ℝᵈ, else TransformedNormal.
+
+    None where the support is discrete or has no bijection from ℝᵈ (a sphere, a support that is not known).
+    """
+    if support.is_discrete:
+        return None
+    try:
+        transform = _bijection(support)
+    except NotImplementedError:
+        return None
+    if isinstance(transform, TransformModule):
+        return None
+    event_shape = torch.Size(event_shape)
+    missing = len(event_shape) - transform.codomain.event_dim
+    if missing > 0:
+        transform = transforms.IndependentTransform(transform, missing)
+    shape = transform.inverse_shape(event_shape)
+    shape = torch.Size(shape[len(shape) - transform.domain.event_dim :])  # bounds may bring batch dimensions
+    base = MultivariateNormal(shape.numel()) if shape else Normal()
+    if _is_real(support) and shape == base.event_shape:
+        return base
+    return TransformedNormal(event_shape, shape, base, support_key(support), support, transform)
+
+
+def _bijection(support: Any) -> Any:
+    """biject_to(support), completed where torch has only a surjection."""
+    if isinstance(support, constraints.independent):
+        inner = _bijection(support.base_constraint)
+        return transforms.IndependentTransform(inner, support.reinterpreted_batch_ndims)
+    if support is constraints.lower_cholesky:
+        return LowerCholeskyVector()
+    if support is constraints.positive_definite:
+        return transforms.ComposeTransform([LowerCholeskyVector(), transforms.CholeskyTransform().inv])
+    return biject_to(support)
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
