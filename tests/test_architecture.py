@@ -26,6 +26,7 @@ LAYERS = [
     "graph",
     "blocks",
     "probe",
+    "remedies",
     "conjugacy",
     "messages",
     "guides",
@@ -44,6 +45,7 @@ LAYERS = [
 FORBIDDEN = {
     "kinds": {"families"},
     "probe": {"estimators", "rules"},
+    "remedies": {"estimators", "rules"},
     "likelihoods": {"families", "expressions", "kinds"},
     "estimators": {"families", "expressions", "kinds", "likelihoods"},
     "rules": {"families", "expressions", "kinds", "likelihoods", "estimators"},
