@@ -50,6 +50,8 @@ class Node:
     args: tuple
     kwargs: Mapping[str, Any]
     source: str
+    shape: tuple[int, ...] | None = None  # of the result, when it ran; None for a tuple of results
+    dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
@@ -222,11 +224,13 @@ class Tape:
 
     def latent(self, name: str, value: Tensor) -> Recorded:
         """A leaf: the value of the latent `name`, to be followed from here on."""
-        self._append(Node(Latent(name), (), {}, source_line()), frozenset([name]))
+        node = Node(Latent(name), (), {}, source_line(), tuple(value.shape), value.dtype)
+        self._append(node, frozenset([name]))
         return Recorded.wrap(value, self, len(self.nodes) - 1)
 
     def record(self, function: Callable, args: tuple, kwargs: dict, result: Tensor) -> Recorded:
-        node = Node(function, self._skeleton(args), self._skeleton(kwargs), source_line())
+        skeletons = self._skeleton(args), self._skeleton(kwargs)
+        node = Node(function, *skeletons, source_line(), tuple(result.shape), result.dtype)
         self._append(node, self._union((args, kwargs)))
         return Recorded.wrap(plain(result), self, len(self.nodes) - 1)
 
@@ -237,7 +241,8 @@ class Tape:
         items = []
         for position, item in enumerate(result):
             if isinstance(item, Tensor):
-                self._append(Node(operator.getitem, (ref, position), {}, whole.source), self._latents[ref.index])
+                node = Node(operator.getitem, (ref, position), {}, whole.source, tuple(item.shape), item.dtype)
+                self._append(node, self._latents[ref.index])
                 item = Recorded.wrap(plain(item), self, len(self.nodes) - 1)
             items.append(item)
         return type(result)(items) if type(result) in (tuple, list) else tuple(items)
@@ -265,9 +270,11 @@ class Tape:
         target = args[0]
         before = plain(target).clone()
         node_args = (self.reference(target) if isinstance(target, Recorded) else self.input(before), *args[1:])
-        node = Node(_out_of_place(function), self._skeleton(node_args), self._skeleton(kwargs), source_line())
-        self._append(node, self._union((args, kwargs)))
+        skeletons = self._skeleton(node_args), self._skeleton(kwargs)
         result = function(*plain(args), **plain(kwargs))
+        after = plain(target)
+        node = Node(_out_of_place(function), *skeletons, source_line(), tuple(after.shape), after.dtype)
+        self._append(node, self._union((args, kwargs)))
         if isinstance(target, Recorded):
             target._index = len(self.nodes) - 1
         self.written[id(plain(target))] = (plain(target), len(self.nodes) - 1)
