@@ -39,9 +39,9 @@ class Likelihood(ABC):
     def points(self, value: Tensor, arguments: Mapping[str, Any]) -> dict[str, Expectation]:
         """`roles[name].of(canonical[name])` for every name, the arguments being points, without its rounding.
 
-        Overridden where the route over the canonical argument loses digits: log p of logits, the determinant
-        of a covariance given as a Cholesky factor. Where torch clamps probabilities away from 0 and 1, so
-        does this.
+        Overridden where the route over the canonical argument loses digits: log p of logits (whose
+        exponential may overflow), the determinant of a covariance given as a Cholesky factor. Where torch
+        clamps probabilities away from 0 and 1, so does this.
         """
         return {name: self.roles[name].of(a) for name, a in self.canonical(value, arguments).items()}
 

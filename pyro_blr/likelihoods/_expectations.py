@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Expectation(ABC):
     """E_q of the functions of an argument that a template is linear in."""
 
@@ -27,7 +28,7 @@ class Expectation(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, value: Tensor) -> Self:
+    def of(cls, value: Tensor) -> Expectation:
         """The expectations when q is a point mass at `value`."""
 
 
@@ -40,7 +41,7 @@ class Constant(Expectation):
     requirement: ClassVar[str] = "free of latent sites other than enumerated ones"
 
     @classmethod
-    def of(cls, value: Tensor) -> Self:
+    def of(cls, value: Tensor) -> Constant:
         return cls(value)
 
 
@@ -54,7 +55,7 @@ class Linear(Expectation):
     requirement: ClassVar[str] = "affine in Gaussian sites"
 
     @classmethod
-    def of(cls, value: Tensor) -> Self:
+    def of(cls, value: Tensor) -> Linear:
         return cls(value)
 
 
@@ -68,7 +69,7 @@ class Vector(Expectation):
     requirement: ClassVar[str] = "affine in Gaussian sites"
 
     @classmethod
-    def of(cls, value: Tensor) -> Self:
+    def of(cls, value: Tensor) -> Vector:
         return cls(value)
 
 
@@ -85,7 +86,7 @@ class Positive(Expectation):
     )
 
     @classmethod
-    def of(cls, value: Tensor) -> Self:
+    def of(cls, value: Tensor) -> Positive:
         return cls(value, _log(value))
 
 
@@ -99,7 +100,7 @@ class Probability(Expectation):
     requirement: ClassVar[str] = "a Beta site or one minus a Beta site"
 
     @classmethod
-    def of(cls, value: Tensor) -> Self:
+    def of(cls, value: Tensor) -> Probability:
         return cls(_log(value), torch.log1p(-value).clamp_min(_log_tiny(value)))
 
 
@@ -116,7 +117,7 @@ class Simplex(Expectation):
     requirement: ClassVar[str] = "a Dirichlet site, or rows or a permutation of one, that sums to one"
 
     @classmethod
-    def of(cls, value: Tensor) -> Self:
+    def of(cls, value: Tensor) -> Simplex:
         return cls(_log(value) - _log(value.sum(-1, keepdim=True)))
 
 
@@ -130,7 +131,7 @@ class Matrix(Expectation):
     requirement: ClassVar[str] = "a Wishart site, or a Gamma site times a constant positive-definite matrix"
 
     @classmethod
-    def of(cls, value: Tensor) -> Self:
+    def of(cls, value: Tensor) -> Matrix:
         return cls(value, torch.linalg.slogdet(value).logabsdet)
 
 

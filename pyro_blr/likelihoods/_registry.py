@@ -33,8 +33,8 @@ def likelihood_of(distribution_class: type[Distribution]) -> Likelihood | None:
     """
     for base in distribution_class.__mro__:
         if base in _LIKELIHOODS:
-            same = (
-                distribution_class.log_prob is base.log_prob and distribution_class.__init__ is base.__init__
-            )  # type: ignore[misc]
-            return _LIKELIHOODS[base] if same else None
+            inherited = all(
+                getattr(distribution_class, n) is getattr(base, n) for n in ("log_prob", "__init__")
+            )
+            return _LIKELIHOODS[base] if inherited else None
     return None
