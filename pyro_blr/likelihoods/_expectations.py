@@ -132,7 +132,7 @@ class Matrix(Expectation):
 
     @classmethod
     def of(cls, value: Tensor) -> Matrix:
-        return cls(value, torch.linalg.slogdet(value).logabsdet)
+        return cls(value, torch.logdet(value))
 
 
 def _log_tiny(value: Tensor) -> float:
