@@ -14,6 +14,9 @@ from sklearn.datasets import load_diabetes
 
 from pyro_blr import BLRInference
 
+NAMES = ["age", "sex", "body mass", "blood pressure", "cholesterol", "LDL", "HDL"]
+NAMES += ["cholesterol / HDL", "log triglycerides", "glucose"]
+
 
 def model(x, y=None):
     """y = b + x w + noise, with a precision of the noise and one of the weights, both to be learnt."""
@@ -27,26 +30,26 @@ def model(x, y=None):
 
 
 def load():
-    """Standardised measurements and progression, in tensors, and the measurements' names."""
+    """Standardised measurements and progression."""
     data = load_diabetes(scaled=False)
     x, y = torch.tensor(data.data), torch.tensor(data.target)
-    return (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std(), data.feature_names
+    return (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
 
 
-def plot(w, names, path):
+def plot(w, path):
     """Every weight's posterior mean with its central 95 % interval."""
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.errorbar(w.mean.tolist(), names, xerr=(1.96 * w.stddev).tolist(), fmt="o", capsize=3)
+    axes.errorbar(w.mean.tolist(), NAMES, xerr=(1.96 * w.stddev).tolist(), fmt="o", capsize=3)
     axes.axvline(0.0, color="grey", linewidth=0.8)
     axes.invert_yaxis()
-    axes.set_xlabel("weight, in sd of progression per sd of the measurement (mean, 95 %)")
+    axes.set_xlabel("sd of progression per sd of the measurement")
     figure.savefig(path, dpi=150)
 
 
 def main(picture="quickstart.png"):
     torch.set_default_dtype(torch.float64)
     pyro.set_rng_seed(0)
-    x, y, names = load()
+    x, y = load()
 
     engine = BLRInference(model)
     posterior = engine.run(x, y)
@@ -55,7 +58,7 @@ def main(picture="quickstart.png"):
 
     data = posterior.to_arviz()
     print(arviz.summary(data, kind="stats"))
-    plot(posterior["w"], names, picture)
+    plot(posterior["w"], picture)
     print(f"The weights are drawn in {picture}.")
 
 

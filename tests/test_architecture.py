@@ -28,6 +28,7 @@ LAYERS = [
     "probe",
     "remedies",
     "conjugacy",
+    "averages",
     "messages",
     "guides",
     # What a method of Posterior or of the engine is made of stands below it, and is told what it needs.
@@ -51,6 +52,7 @@ FORBIDDEN = {
     "rules": {"families", "expressions", "kinds", "likelihoods", "estimators"},
     "graph": {"families", "likelihoods", "estimators", "rules"},
     "conjugacy": {"estimators", "rules"},
+    "averages": {"estimators", "rules"},
     "messages": {"rules"},
     "guides": {"estimators", "rules", "messages"},
     "posterior": {"estimators", "rules", "messages"},
