@@ -18,6 +18,7 @@ TOP_LEVEL = {"pyproject.toml", "README.md", "pyro_blr", "examples", "tests", "do
 # Lower layers first. A module imports from layers before its own, and a package from itself.
 LAYERS = [
     "families",
+    "distributions",
     "expressions",
     "kinds",
     "likelihoods",
@@ -25,6 +26,7 @@ LAYERS = [
     "rules",
     "graph",
     "blocks",
+    "marginals",
     "probe",
     "remedies",
     "conjugacy",
@@ -62,6 +64,7 @@ FORBIDDEN = {
 # The third-party modules that the mathematics may import; above it, whatever the package depends on.
 MATHEMATICS = {
     "families": {"torch", "pyro.distributions"},
+    "distributions": {"torch", "pyro.distributions"},
     "expressions": {"torch", "numpy"},
     "kinds": {"torch"},
     "likelihoods": {"torch", "pyro.distributions"},
@@ -141,6 +144,15 @@ def test_every_module_has_a_layer_and_a_docstring(path: Path) -> None:
     assert path.stem not in {"utils", "util", "helpers", "common", "misc"}, "name a file after what it holds"
     assert layer is None or layer in LAYERS, f"{layer} is no layer: give it a row in LAYERS, in its place"
     assert ast.get_docstring(tree_of(path)), "a file begins by saying what it is"
+
+
+def test_the_page_on_how_it_works_names_every_layer() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    present = [
+        path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    ]
+    names = [name if name.endswith(".py") else f"{name}/" for name in present if not name.startswith("__")]
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
 @every_module
