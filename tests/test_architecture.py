@@ -32,6 +32,7 @@ LAYERS = [
     "conjugacy",
     "averages",
     "messages",
+    "program",
     "guides",
     # What a method of Posterior or of the engine is made of stands below it, and is told what it needs.
     "diagnostics",
@@ -56,8 +57,9 @@ FORBIDDEN = {
     "conjugacy": {"estimators", "rules"},
     "averages": {"estimators", "rules"},
     "messages": {"rules"},
-    "guides": {"estimators", "rules", "messages"},
-    "posterior": {"estimators", "rules", "messages"},
+    "program": {"rules"},
+    "guides": {"estimators", "rules", "messages", "program"},
+    "posterior": {"estimators", "rules", "messages", "program"},
     "nn": {"expressions", "kinds", "graph"},
 }
 
