@@ -27,6 +27,7 @@ LAYERS = [
     "graph",
     "blocks",
     "marginals",
+    "quantiles",
     "probe",
     "remedies",
     "conjugacy",
