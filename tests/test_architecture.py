@@ -52,8 +52,8 @@ FORBIDDEN = {
     "probe": {"estimators", "rules"},
     "remedies": {"estimators", "rules"},
     "likelihoods": {"families", "expressions", "kinds"},
-    "estimators": {"families", "expressions", "kinds", "likelihoods"},
-    "rules": {"families", "expressions", "kinds", "likelihoods", "estimators"},
+    "estimators": {"expressions", "kinds", "likelihoods"},
+    "rules": {"expressions", "kinds", "likelihoods", "estimators"},
     "graph": {"families", "likelihoods", "estimators", "rules"},
     "conjugacy": {"estimators", "rules"},
     "averages": {"estimators", "rules"},
@@ -63,6 +63,10 @@ FORBIDDEN = {
     "posterior": {"estimators", "rules", "messages", "program"},
     "nn": {"expressions", "kinds", "graph"},
 }
+
+# These know that there are families, and none by name.
+ANY_FAMILY = {"estimators", "rules", "inference"}
+FAMILY_NAMES = {"ExponentialFamily", "family_of", "pushforward_family", "register_family"}
 
 # The third-party modules that the mathematics may import; above it, whatever the package depends on.
 MATHEMATICS = {
@@ -170,6 +174,15 @@ def test_imports_go_down(path: Path) -> None:
         assert target in LAYERS, f"{where}: {target} is no layer"
         assert LAYERS.index(target) < LAYERS.index(layer), f"{where}: {layer} stands below {target}"
         assert target not in FORBIDDEN.get(layer, ()), f"{where}: {layer} must not know {target}"
+
+
+@every_module
+def test_what_serves_any_family_names_none(path: Path) -> None:
+    if layer_of(path) not in ANY_FAMILY:
+        return
+    for node, module, name in imports(path):
+        if module == "pyro_blr.families" or module.startswith("pyro_blr.families."):
+            assert name in FAMILY_NAMES, f"{name_of(path)}:{node.lineno}: {name} is a concrete family"
 
 
 @every_module
