@@ -20,7 +20,8 @@ SUMS = "add sub rsub sum cumsum clamp clamp_min maximum relu"
 PRODUCTS = "mul matmul mm mv bmm dot einsum div linear"
 HALF_CAUCHY = (
     "Gamma on the precision instead of HalfCauchy on the scale (tau ~ Gamma, scale = tau.rsqrt()); or "
-    "the same HalfCauchy(s) in two steps: a ~ InverseGamma(1/2, 1/s**2), v ~ InverseGamma(1/2, 1/a), scale = v.sqrt()"
+    "the same HalfCauchy(s) in two steps: a ~ InverseGamma(1/2, 1/s**2), v ~ InverseGamma(1/2, 1/a), "
+    "scale = v.sqrt()"
 )
 
 
@@ -165,7 +166,8 @@ TABLE = (
     ),
     # Rates and concentrations.
     Row(
-        factor=f"{COUNTS} Gamma InverseGamma", argument="rate", prior="Chi2 Exponential Gamma InverseGamma", operation=SUMS,
+        factor=f"{COUNTS} Gamma InverseGamma", argument="rate",
+        prior="Chi2 Exponential Gamma InverseGamma", operation=SUMS,
         write="one count for each rate (their sum is then observed through a latent split), or a single "
         "Gamma as the rate: sums are not conjugate",
     ),
@@ -221,8 +223,8 @@ def remedy_for(factor_family: str, argument: str, site_family: str, operation: s
     """The rewrite that would make (factor, argument, site) exact, or "" where we know none.
 
     `factor_family` and `site_family` are the distributions' class names as the model wrote them, `argument`
-    the factor's argument (canonical, or the constructor's name), `operation` the first operation that broke the
-    conjugate form; "" where unknown.
+    the factor's argument (canonical, or the constructor's name), `operation` the first operation that broke
+    the conjugate form; "" where unknown.
     """
     for row in TABLE:
         asked = (
