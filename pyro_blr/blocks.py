@@ -34,6 +34,26 @@ class Member:
     site: Site
     start: int
     stop: int
+    family: ExponentialFamily | None = None
+
+    def _unconstrained(self, part: Tensor, batch: torch.Size) -> Tensor:
+        assert self.family is not None
+        inner = self.site.batch_shape[len(batch) :]
+        event = self.family.base.event_shape if isinstance(self.family, TransformedNormal) else self.family.event_shape
+        return part.reshape(*part.shape[:-1], *inner, *event)
+
+    def constrain(self, part: Tensor, batch: torch.Size) -> Tensor:
+        """The site's value from its entries of a joint block's variable."""
+        value = self._unconstrained(part, batch)
+        if isinstance(self.family, TransformedNormal):
+            value = self.family.constrain(value)
+        return value.reshape(*part.shape[: part.dim() - 1 - len(batch)], *self.site.shape)
+
+    def log_jacobian(self, part: Tensor, batch: torch.Size) -> Tensor | None:
+        if not isinstance(self.family, TransformedNormal):
+            return None
+        jacobian = self.family.log_abs_det_jacobian(self._unconstrained(part, batch))
+        return jacobian.flatten(len(batch)).sum(-1) if jacobian.dim() > len(batch) else jacobian
 
 
 @dataclass(frozen=True)
@@ -94,25 +114,22 @@ class Block:
 
     def values(self, leaf: Tensor) -> dict[str, Tensor]:
         """The sites' values at a value of the block's own variable; shape (*batch, *event) -> the model's shapes."""
-        if isinstance(self.family, (LogNormal, TransformedNormal)) or len(self.members) > 1:
-            return {member.site.name: self._member_value(member, leaf) for member in self.members}
-        site = self.members[0].site
-        return {site.name: leaf.reshape(site.shape) if leaf.shape != site.shape else leaf}
+        if len(self.members) == 1:
+            site = self.members[0].site
+            if isinstance(self.family, LogNormal):
+                leaf = leaf.exp()
+            elif isinstance(self.family, TransformedNormal):
+                leaf = self.family.constrain(leaf)
+            return {site.name: leaf if leaf.shape == site.shape else leaf.reshape(site.shape)}
+        return {m.site.name: m.constrain(leaf[..., m.start : m.stop], self.batch_shape) for m in self.members}
 
-    def _member_value(self, member: Member, leaf: Tensor) -> Tensor:
-        site = member.site
-        if len(self.members) > 1:
-            part = leaf[..., member.start : member.stop]
-            support = site.support
-            if _is_real(support):
-                return part.reshape(site.shape)
-            transform = torch.distributions.biject_to(support)
-            shape = transform.inverse_shape(site.shape)
-            return transform(part.reshape(shape)).reshape(site.shape)
-        if isinstance(self.family, LogNormal):
-            return leaf.exp().reshape(site.shape)
-        assert isinstance(self.family, TransformedNormal)
-        return self.family.push(leaf).reshape(site.shape)
+    def log_jacobian(self, leaf: Tensor) -> Tensor | None:
+        """log |dx/du|, shape (*batch), where the block's variable is the unconstrained u; None where x itself is."""
+        if isinstance(self.family, TransformedNormal):
+            return self.family.log_abs_det_jacobian(leaf)
+        parts = [m.log_jacobian(leaf[..., m.start : m.stop], self.batch_shape) for m in self.members]
+        found = [part for part in parts if part is not None]
+        return sum(found[1:], found[0]) if found else None
 
     def select(self, natural: Tensor, subsamples: Mapping[str, Tensor]) -> Tensor:
         """λ of the elements that are in this run."""
@@ -191,7 +208,7 @@ def _check_groups(groups: Iterable[tuple[str, ...]], graph: FactorGraph) -> None
 
 
 def _site_block(site: Site, elementwise: bool) -> Block:
-    base, reinterpreted, _ = unwrap(site.distribution)
+    base, _, _ = unwrap(site.distribution)
     event_dim = site.distribution.event_dim
     family = site.infer.get("blr", {}).get("family")
     states = None
@@ -204,7 +221,11 @@ def _site_block(site: Site, elementwise: bool) -> Block:
             family = Normal()
         if family is None:
             family = pushforward_family(site.support, site.shape[len(site.shape) - event_dim :])
-            reinterpreted = 0
+        if family is None:
+            raise ValueError(
+                f"site {site.name!r}: found support {site.support}, expected one with a bijection from real vectors; "
+                "no exponential family is known for it. Reparameterise the site, or give a guide of your own"
+            )
     elements = event_dim - len(family.event_shape)
     event = site.shape[len(site.shape) - event_dim :]
     if isinstance(family, Normal) and event_dim > 0 and not elementwise:
@@ -242,11 +263,12 @@ def _joint_block(sites: Sequence[Site]) -> Block:
     batch = sites[0].batch_shape if complete else torch.Size()
     members, start = [], 0
     for site in sites:
-        shape = site.shape
-        if not _is_real(site.support):
-            shape = torch.distributions.biject_to(site.support).inverse_shape(site.shape)
-        size = torch.Size(shape[len(batch) :]).numel()
-        members.append(Member(site, start, start + size))
+        family = pushforward_family(site.support, site.shape[len(site.batch_shape) :])
+        if family is None:
+            raise ValueError(f"site {site.name!r}: {site.support} has no bijection from real vectors; leave it out of the group")
+        event = family.base.event_shape if isinstance(family, TransformedNormal) else family.event_shape
+        size = torch.Size((*site.batch_shape[len(batch) :], *event)).numel()
+        members.append(Member(site, start, start + size, family))
         start += size
     if not complete and any(plate.subsample_size != plate.size for site in sites for plate in site.plates):
         raise ValueError(

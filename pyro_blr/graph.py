@@ -21,14 +21,29 @@ import torch
 from pyro import poutine
 from pyro.distributions.distribution import COERCIONS
 from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDistributionMixin
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from pyro_blr.expressions import Recorded, Recording, Ref, Tape, plain, source_line
 
-__all__ = ["Constructed", "Factor", "FactorGraph", "Plate", "Site", "capture", "generic_value", "run_model", "unwrap"]
+__all__ = [
+    "Constructed",
+    "Factor",
+    "FactorGraph",
+    "Plate",
+    "Site",
+    "capture",
+    "generic_value",
+    "isolated_random_state",
+    "node_log_prob",
+    "run_model",
+    "same_run",
+    "unfaithful_factors",
+    "unwrap",
+]
 
 
 @dataclass(frozen=True)
@@ -216,11 +231,26 @@ def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1
     if getattr(support, "is_discrete", False):
         with isolated_random_state(zlib.crc32(f"{name}:{draw}".encode())):
             return distribution.sample()
-    transform = biject_to(support)
     reference = _reference_tensor(distribution)
-    shape = transform.inverse_shape(distribution.batch_shape + distribution.event_shape)
+    shape = distribution.batch_shape + distribution.event_shape
+    if _innermost_support(support) is constraints.positive_definite:
+        root = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * radius
+        matrix = root @ root.mT / shape[-1] + 0.5 * torch.eye(shape[-1], dtype=torch.float64)
+        return matrix.to(dtype=reference.dtype, device=reference.device)
+    try:
+        transform = biject_to(support)
+    except NotImplementedError:
+        with isolated_random_state(zlib.crc32(f"{name}:{draw}".encode())):
+            return distribution.sample()
+    shape = transform.inverse_shape(shape)
     unconstrained = (torch.rand(tuple(shape), generator=generator, dtype=torch.float64) * 2 - 1) * radius
     return transform(unconstrained.to(dtype=reference.dtype, device=reference.device))
+
+
+def _innermost_support(support: Any) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def _reference_tensor(distribution: Any) -> Tensor:
@@ -255,6 +285,59 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def node_log_prob(node: Mapping[str, Any]) -> Tensor:
+    """s_f log f of a traced statement, masked and scaled, elementwise over its batch."""
+    return scale_and_mask(node["fn"].log_prob(node["value"]), node["scale"], node["mask"])
+
+
+def same_run(one: poutine.Trace, other: poutine.Trace) -> bool:
+    """Whether two plain runs at the same latents made the same statements with equal arguments and data.
+
+    The latents are generic, so that equal arguments mean equal inputs: whatever was computed from the first run still holds.
+    """
+    if list(one.nodes) != list(other.nodes):
+        return False
+    for name, node in one.nodes.items():
+        mate = other.nodes[name]
+        if node["type"] != mate["type"]:
+            return False
+        if node["type"] in ("sample", "param"):
+            keys = ("fn", "value", "scale", "mask", "cond_indep_stack") if node["type"] == "sample" else ("value",)
+            if not all(_same(node[key], mate[key]) for key in keys):
+                return False
+    return True
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(_equal_values(a, b))
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (torch.distributions.Distribution, torch.distributions.Transform)):
+        return _same(_contents(a), _contents(b))
+    if isinstance(a, _Subsample):
+        return (a.size, a.subsample_size) == (b.size, b.subsample_size)
+    if isinstance(a, torch.distributions.constraints.Constraint):
+        return True  # built from arguments that are compared themselves
+    return bool(a == b)
+
+
+def _contents(item: Any) -> dict:
+    return {key: value for key, value in vars(item).items() if not key.startswith("_cached") and key != "_inv"}
+
+
+def _equal_values(a: Tensor, b: Tensor) -> bool:
+    if torch.equal(a, b):
+        return True
+    return a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -413,3 +496,85 @@ def _plates_of(name: str, node: dict) -> tuple[Plate, ...]:
             size = frame.full_size if frame.full_size is not None else frame.size
             plates.append(Plate(frame.name, frame.dim, size, frame.size))
     return tuple(sorted(plates, key=lambda plate: plate.dim))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The arbiter: does the recording reproduce the model?
+
+
+def unfaithful_factors(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], graph: FactorGraph
+) -> dict[str, frozenset[str]]:
+    """The factors whose recorded expressions do not give the model's own log probability at other latents, and the latents
+    that the model's own depends on.
+
+    Latents are redrawn together, to other states and into both tails; a program that branches on a latent, or that takes one
+    out of torch, is redrawn more often.
+    """
+    wrong: set[str] = set(graph.factors) if graph.failure is not None else set()
+    draws = 12 if graph.tape.departures else 4
+    if sum(factor.batch_shape.numel() for factor in graph.factors.values()) > 200_000 and not graph.tape.departures:
+        draws = 1
+    for draw in range(1, draws + 1):
+        if len(wrong) < len(graph.factors):
+            wrong |= _disagreements(model, args, kwargs, graph, draw)
+    if not wrong:
+        return {}
+    base = _replay(model, args, kwargs, graph, {})
+    depends: dict[str, set[str]] = {name: set() for name in wrong}
+    for site in graph.sites.values():
+        for draw in (1, 2, 3):
+            moved = _replay(model, args, kwargs, graph, {site.name: generic_value(site.name, site.distribution, draw, 3.0)})
+            for name in wrong:
+                if name == site.name or name not in moved or not _agree(moved[name], base[name]):
+                    depends[name].add(site.name)
+    return {name: frozenset(latents) for name, latents in depends.items()}
+
+
+def _disagreements(model: Callable, args: tuple, kwargs: Mapping[str, Any], graph: FactorGraph, draw: int) -> set[str]:
+    radius = 1.0 + 0.5 * draw
+    values = {site.name: generic_value(site.name, site.distribution, draw, radius) for site in graph.sites.values()}
+    replayed = _replay(model, args, kwargs, graph, values)
+    if set(replayed) != set(graph.factors):
+        return set(graph.factors)
+    wrong = set()
+    for name, expected in replayed.items():
+        try:
+            with torch.no_grad(), pyro.validation_enabled(False):
+                found = graph.log_prob(name, values)
+        except Exception:  # whatever a rebuilt distribution or a recorded call objects to, the recording does not reproduce
+            wrong.add(name)
+            continue
+        if not _agree(found, expected):
+            wrong.add(name)
+    return wrong
+
+
+def _replay(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], graph: FactorGraph, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Every factor's log probability in the model's own words, at the captured latents with some replaced."""
+    values = {**graph.values, **values}
+
+    def choose(name: str, distribution: Any) -> Tensor:
+        return values[name] if name in values else generic_value(name, distribution)
+
+    with isolated_random_state(0), torch.no_grad(), pyro.validation_enabled(False):
+        trace = run_model(model, args, kwargs, choose, graph.subsamples)
+        return {
+            name: node_log_prob(node)
+            for name, node in trace.nodes.items()
+            if node["type"] == "sample"
+            and not isinstance(node["fn"], _Subsample)
+            and not node["infer"].get("_deterministic")
+        }
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        try:
+            a, b = torch.broadcast_tensors(a, b)
+        except RuntimeError:
+            return False
+    tolerance = 1e-9 if a.dtype == torch.float64 else 2e-4
+    return bool(torch.isclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True).all())

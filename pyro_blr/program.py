@@ -1,0 +1,110 @@
+"""A model's run made ready for inference: its graph, the blocks of q, how each factor is averaged; reused while it still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyro import poutine
+from torch import Tensor
+
+from pyro_blr.blocks import Block, build_blocks
+from pyro_blr.conjugacy import FactorPlan, analyse
+from pyro_blr.graph import FactorGraph, capture, generic_value, run_model, same_run, unfaithful_factors
+from pyro_blr.messages import Messages
+
+__all__ = ["Program", "Programs"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One run of a model, understood."""
+
+    trace: poutine.Trace
+    graph: FactorGraph
+    blocks: Mapping[str, Block]
+    plans: Mapping[str, FactorPlan]
+    messages: Messages
+
+    @property
+    def is_exact(self) -> bool:
+        return all(plan.exact for plan in self.plans.values())
+
+    @property
+    def is_subsampled(self) -> bool:
+        return any(plate.subsample_size != plate.size for plate in self.graph.plates.values())
+
+    def local_blocks(self) -> list[str]:
+        """Blocks inside a subsampled plate: their λ is theirs alone, so they move to their optimum at every step."""
+        return [
+            name
+            for name, block in self.blocks.items()
+            if any(plate.subsample_size != plate.size for plate in block.plates)
+        ]
+
+
+class Programs:
+    """Makes programs, and reuses what the plain run of a step shows to be unchanged.
+
+    The model runs plainly at every call.  Equal arguments and data at the same generic latents: the whole program is reused.
+    Other data in the same structure: the verdicts are.  Otherwise the model is judged anew.
+    """
+
+    def __init__(self, model: Callable, blocks: str | Sequence[Sequence[str]]):
+        self.model, self.blocks = model, blocks
+        self._last: Program | None = None
+        self._judged: dict[Any, tuple[Mapping[str, FactorPlan], Mapping[str, frozenset[str]]]] = {}
+        self._generic: dict[str, Tensor] = {}
+
+    def run(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
+        """The program of the model's run on these arguments; draws subsample indices from torch's generator."""
+        trace = run_model(self.model, args, kwargs, self._choose)
+        if self._last is not None and same_run(self._last.trace, trace):
+            return self._last
+        graph = capture(self.model, args, kwargs, trace)
+        self._last = self._understand(graph, trace, args, kwargs)
+        return self._last
+
+    def _choose(self, name: str, distribution: Any) -> Tensor:
+        value = self._generic.get(name)
+        shape = distribution.batch_shape + distribution.event_shape
+        if value is None or value.shape != shape:
+            value = self._generic[name] = generic_value(name, distribution)
+        return value
+
+    def _understand(self, graph: FactorGraph, trace: poutine.Trace, args: tuple, kwargs: Mapping[str, Any]) -> Program:
+        blocks = build_blocks(graph, self.blocks)
+        key = _structure(graph)
+        if key not in self._judged:
+            unfaithful = unfaithful_factors(self.model, args, kwargs, graph)
+            self._judged[key] = analyse(graph, blocks, unfaithful), unfaithful
+            plans = self._judged[key][0]
+        else:
+            judged, unfaithful = self._judged[key]
+            plans = analyse(graph, blocks, unfaithful, judged)
+        return Program(trace, graph, blocks, plans, Messages(graph, blocks, plans))
+
+
+def _structure(graph: FactorGraph) -> tuple:
+    """What verdicts depend on: statements, expressions, shapes and plates, but not the values of data."""
+    factors = []
+    for name, factor in graph.factors.items():
+        made = factor.constructed
+        outputs = [factor.value, factor.scale, factor.mask]
+        described: Any = type(factor.distribution).__name__
+        if made is not None:
+            outputs += [*made.arguments.values(), made.mask]
+            described = (made.distribution_class, tuple(map(_form, made.arguments.items())), made.batch_shape, made.reinterpreted)
+        factors.append(
+            (name, described, graph.tape.structure(outputs), tuple(map(_form, enumerate(outputs))), factor.plates, factor.is_observed)
+        )
+    sites = tuple((name, site.shape, site.dtype, site.device) for name, site in graph.sites.items())
+    return tuple(factors), sites, graph.failure
+
+
+def _form(item: tuple) -> Any:
+    key, value = item
+    if isinstance(value, Tensor):
+        return key, "tensor", tuple(value.shape), value.dtype, value.device
+    return (key, value) if isinstance(value, (int, bool, str)) else (key, type(value).__name__, repr(value)[:80])

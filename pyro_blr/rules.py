@@ -1,0 +1,41 @@
+"""Steps in λ: how far to move towards a target, and how the distance shrinks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_blr.families import ExponentialFamily
+
+__all__ = ["BLR", "RobbinsMonro"]
+
+
+@dataclass(frozen=True)
+class BLR:
+    """λ ← (1 − ρ) λ + ρ λ̂   (Khan and Rue 2023, eq. 3); at ρ = 1 the target itself, Bayes' rule as addition.
+
+    Where the straight step would leave the domain, λ moves along the family's retraction, which cannot (for Gaussians the improved
+    rule of Lin, Schmidt and Khan 2020, eq. 8).
+    """
+
+    def step(self, family: ExponentialFamily, natural: Tensor, target: Tensor, rate: float) -> Tensor:
+        """Shapes (*batch, p)."""
+        if rate == 1.0:
+            inside = family.contains(target)
+            if bool(inside.all()):
+                return target
+        return family.retract(natural, rate * (target - natural))
+
+
+@dataclass(frozen=True)
+class RobbinsMonro:
+    """ρ_t = (t + t₀)^−κ: sums to infinity, squares do not (Hoffman et al. 2013, eq. 26)."""
+
+    delay: float = 1.0
+    decay: float = 0.7
+
+    def rate(self, step: int) -> float:
+        """The rate of step 0, 1, 2, …"""
+        return float(torch.tensor(step + self.delay, dtype=torch.float64) ** -self.decay)
