@@ -1,19 +1,32 @@
-"""What sums, products, powers, selections and joins of kinds are.  Every function here gives a claim that holds for
-every value of the site, or OTHER."""
+"""What sums, products, powers, selections and joins of kinds are.
+
+Every function here gives a claim that holds for every value of the site, or OTHER.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 from pyro_blr.kinds._values import Form, Step, Value, common_trailing, shared_dims
 
-__all__ = ["add", "broadcast", "contract", "exponential", "join", "logarithm", "multiply", "negate", "power", "select"]
+__all__ = [
+    "add",
+    "broadcast",
+    "contract",
+    "exponential",
+    "join",
+    "logarithm",
+    "multiply",
+    "negate",
+    "power",
+    "select",
+]
 
 
 def select(step: Step, value: Value, kept: int, token: Hashable) -> Value:
-    """Views and gathers: each element of the result is one of `value`; its last `kept` dims are whole and in order."""
+    """Views and gathers: each element is one of `value`, whose last `kept` dims stay whole and in order."""
     if value.is_constant:
         return step.constant(value.coefficient)
     if value.form in (Form.OTHER, Form.AFFINE):
@@ -154,7 +167,11 @@ def _plus_constant(step: Step, value: Value, constant: Value) -> Value:
     if number == 0:
         return broadcast(step, value)
     if value.form is Form.LOG:
-        coefficient = None if value.coefficient is None or number is None else value.coefficient * (_exp(number) or math.nan)
+        coefficient = (
+            None
+            if value.coefficient is None or number is None
+            else value.coefficient * (_exp(number) or math.nan)
+        )
         return logarithm(step, step.monomial(broadcast(step, value), value.power, coefficient))
     if number == 1 and value.coefficient == -1:
         if value.is_monomial and value.power == 1:
@@ -194,7 +211,9 @@ def _join_elements(step: Step, parts: Sequence[Value], kept: int, token: Hashabl
         parts[0],
         token=first.token if one_element else token,
         coefficient=coefficients.pop() if len(coefficients) == 1 else None,
-        shared=len(step.shape) if one_element else shared_dims(step.shape, min(part.shared for part in parts)),
+        shared=len(step.shape)
+        if one_element
+        else shared_dims(step.shape, min(part.shared for part in parts)),
         is_whole=all(part.is_whole for part in parts),
         is_diagonal=all(part.is_diagonal for part in parts) and not has_zeros,
     )
@@ -212,7 +231,7 @@ def contract(step: Step, factors: Sequence[Value]) -> Value:
     return step.other()
 
 
-def _both(x: float | None, y: float | None, function) -> float | None:  # type: ignore[no-untyped-def]
+def _both(x: float | None, y: float | None, function: Callable[[float, float], float | None]) -> float | None:
     return None if x is None or y is None else function(x, y)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,22 +19,17 @@ def plus(sign: int, is_reflected: bool = False) -> Rule:
         a, b = call.value(call.first), call.value(call.argument(1, "other"))
         if is_reflected:
             a, b = b, a
-        alpha = call.argument(2, "alpha", default=1)
-        scaled = _inner(call, multiply, b, call.value(alpha))
-        return add(call.step, a, _inner(call, lambda step, value, _: negate(step, value), scaled, b) if sign < 0 else scaled)
+        own_step = replace(call.step, shape=b.shape)
+        b = multiply(own_step, b, call.value(call.argument(2, "alpha", default=1)))
+        return add(call.step, a, negate(own_step, b) if sign < 0 else b)
 
     return rule
-
-
-def _inner(call: Call, function: Callable[..., Value], a: Value, b: Value) -> Value:
-    """An intermediate result that keeps the shape of `a`, not the shape of the whole."""
-    return function(replace(call.step, shape=a.shape), a, b)
 
 
 def times(call: Call) -> Value:
     a, b = call.value(call.first), call.value(call.argument(1, "other"))
     product = multiply(call.step, a, b)
-    if product.is_monomial and not product.is_diagonal and call.sort.event_dims == 0:
+    if product.is_monomial and product.shared < 2 and not product.is_diagonal and call.sort.event_dims == 0:
         constant = call.argument(1, "other") if b.is_constant else call.first
         if (a.is_constant or b.is_constant) and _is_diagonal(call, constant):
             call.assume(constant)
@@ -48,7 +42,7 @@ def _is_diagonal(call: Call, constant: Any) -> bool:
     tensor = call.tensor(constant)
     if tensor is None or tensor.dim() < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] == 1:
         return False
-    if tuple(tensor.shape[-2:]) != call.step.shape[-2:]:
+    if tuple(tensor.shape[-2:]) != call.step.shape[-2:] or bool((tensor[..., 0, 1] != 0).any()):
         return False
     return bool((tensor.diagonal(dim1=-2, dim2=-1).diag_embed() == tensor).all())
 
@@ -62,7 +56,7 @@ def over(is_reflected: bool = False) -> Rule:
         a, b = call.value(call.first), call.value(call.argument(1, "other"))
         if is_reflected:
             a, b = b, a
-        inverse = _inner(call, power, b, -1.0)  # type: ignore[arg-type]
+        inverse = power(replace(call.step, shape=b.shape), b, -1.0)
         return inverse if inverse.form is Form.OTHER else multiply(call.step, a, inverse)
 
     return rule
@@ -89,7 +83,7 @@ def exp(call: Call) -> Value:
     return exponential(call.step, call.value(call.first))
 
 
-# -- sums --------------------------------------------------------------------------------------------------------------
+# -- sums --------
 
 
 def _dims(call: Call, rank: int) -> frozenset[int] | None:
@@ -104,7 +98,7 @@ def _dims(call: Call, rank: int) -> frozenset[int] | None:
 
 
 def summed(call: Call) -> Value:
-    """A sum is linear; that of a whole simplex is one, and that of copies of one element is a multiple of it."""
+    """A sum is linear; that of a whole simplex is one, that of copies of one element a multiple of it."""
     value = call.value(call.first)
     step, rank = call.step, len(value.shape)
     dims = _dims(call, rank)
@@ -117,17 +111,24 @@ def summed(call: Call) -> Value:
         left = max(0, value.shared - len(dims))
         token = ("summed", value.token, tuple(sorted(dims)), step.shape)
         whole = call.sort.event_dims == 0
-        reduced = replace(value, shape=step.shape, token=token, shared=shared_dims(step.shape, left), is_whole=whole)
+        reduced = replace(
+            value, shape=step.shape, token=token, shared=shared_dims(step.shape, left), is_whole=whole
+        )
         return step.monomial(replace(reduced, is_diagonal=False), value.power, None)
     return step.linear(value)
 
 
 def linear_map(call: Call) -> Value:
-    return call.step.other() if call.others_depend() else call.step.linear(call.value(call.first))
+    if call.others_depend():
+        return call.step.other()
+    value = call.value(call.first)
+    if call.node.name == "diff" and (len(call.args) > 3 or {"prepend", "append"} & set(call.node.kwargs)):
+        return call.step.affine() if value.is_affine else call.step.other()
+    return call.step.linear(value)
 
 
 def _normalises(call: Call) -> Value | None:
-    """log p + c of whole vectors p of the simplex, normalised over their dim; the operand of `softmax` if it is that."""
+    """The operand of a `softmax` over the last dim, if it is log p + c, p whole vectors of the simplex."""
     value, dim = call.value(call.first), call.argument(1, "dim")
     is_last = type(dim) is int and dim % max(len(value.shape), 1) == len(value.shape) - 1
     is_log = value.form is Form.LOG and value.power == 1 and value.coefficient is not None and value.is_whole
@@ -147,7 +148,7 @@ def logsumexp(call: Call) -> Value:
     return call.step.other() if value is None else logarithm(call.step, call.step.constant(value.coefficient))
 
 
-# -- contractions ------------------------------------------------------------------------------------------------------
+# -- contractions --------
 
 
 def contraction(*positions: int) -> Rule:
@@ -156,7 +157,7 @@ def contraction(*positions: int) -> Rule:
 
 
 def biased(call: Call) -> Value:
-    """`linear`, `conv1d`: x Wᵀ + b."""
+    """`linear`: x Wᵀ + b."""
     product = contract(call.step, [call.value(call.first), call.value(call.argument(1, "weight"))])
     bias = call.argument(2, "bias")
     if bias is None or product.form is Form.OTHER:
@@ -200,8 +201,9 @@ def added_product(call: Call) -> Value:
     alpha, beta = (call.value(call.node.kwargs.get(name, 1)) for name in ("alpha", "beta"))
     if product.form is Form.OTHER or len(call.args) > 3:
         return product if product.form is Form.OTHER else call.step.other()
-    whole = _inner(call, multiply, product, alpha)
-    return add(call.step, whole, _inner(call, multiply, call.value(call.first), beta))
+    start = call.value(call.first)
+    scaled = multiply(replace(call.step, shape=start.shape), start, beta)
+    return add(call.step, multiply(call.step, product, alpha), scaled)
 
 
 def interpolated(call: Call) -> Value:
@@ -234,9 +236,9 @@ ARITHMETIC_RULES: dict[str, Rule] = {
     **dict.fromkeys("cumsum diff trace".split(), linear_map),
     **dict.fromkeys("softmax log_softmax".split(), softmax),
     "logsumexp": logsumexp,
-    **dict.fromkeys("dot vdot inner tensordot".split(), contraction(0, 1)),
+    **dict.fromkeys("dot vdot inner tensordot linalg_vecdot linalg_cross cross".split(), contraction(0, 1)),
     **dict.fromkeys("outer ger kron".split(), outer),
-    **dict.fromkeys("linear conv1d conv2d conv3d".split(), biased),
+    "linear": biased,
     **dict.fromkeys("addmm addmv addr addbmm baddbmm".split(), added_product),
     "einsum": einsum,
     "lerp": interpolated,

@@ -33,9 +33,18 @@ class Bundle:
 Rule = Callable[["Call"], "Value | Bundle"]
 
 
+def word_for(node: Node) -> str:
+    """What a user calls it: `sub` for `__rsub__`, `linalg.inv` for `linalg_inv`, `add` for `add_`."""
+    name = node.name.rstrip("_").replace("linalg_", "linalg.")
+    reflected = {
+        f"r{word}": word for word in ("add", "sub", "mul", "div", "truediv", "pow", "matmul", "floordiv")
+    }
+    return reflected.get(name, name)
+
+
 @dataclass
 class Call:
-    """A node on its way to a value.  `values` holds those of the nodes before it, `assumes` what inputs were read."""
+    """A node on its way to a value; `values`: those of the nodes before it, `assumes`: the inputs read."""
 
     tape: Tape
     site: str
@@ -52,7 +61,7 @@ class Call:
     @property
     def step(self) -> Step:
         node = self.node
-        return Step(self.sort, node.name.rstrip("_"), node.source, node.shape or (), self.index, self.read)
+        return Step(self.sort, word_for(node), node.source, node.shape or (), self.index, self.read)
 
     @property
     def first(self) -> Any:
@@ -71,7 +80,9 @@ class Call:
 
     def others_depend(self) -> bool:
         """Whether the site is in any argument but the first."""
-        return self.depends((self.args[1:], {k: v for k, v in self.node.kwargs.items() if k not in ("input", "self")}))
+        return self.depends(
+            (self.args[1:], {k: v for k, v in self.node.kwargs.items() if k not in ("input", "self")})
+        )
 
     def value(self, argument: Any) -> Value:
         """The abstract value of an argument; raises `Broken` where that is OTHER."""
@@ -98,7 +109,7 @@ class Call:
         return ()
 
     def tensor(self, argument: Any) -> Tensor | None:
-        """The tensor that a constant argument is, where the tape holds it; whoever rests a claim on it calls `assume`."""
+        """The tensor that a constant is, if the tape holds it; whoever rests a claim on it calls `assume`."""
         return self.tape.inputs[argument.index] if isinstance(argument, Input) else None
 
     def assume(self, *arguments: Any) -> None:
@@ -111,14 +122,15 @@ class Call:
         tensor = self.tensor(value.token)
         if tensor is None or tensor.numel() == 0 or tensor.is_complex():
             return None
-        number = tensor.detach().reshape(-1)[0]
-        if not bool((tensor == number).all()):
+        flat = tensor.detach().reshape(-1)
+        number = flat[0]
+        if bool(number != flat[-1]) or not bool((flat == number).all()):
             return None
         self.assume(value.token)
         return float(number)
 
     def frozen(self, tree: Any) -> Hashable:
-        """An argument as a part of a token: the selection it is, if it depends on the site, else the constant itself."""
+        """An argument as a part of a token: its own token if it depends on the site, else the constant."""
         if isinstance(tree, Ref) and tree.index in self.values:
             value = self.values[tree.index]
             return ("value", value.token, value.shape) if isinstance(value, Value) else ("bundle", tree.index)
@@ -128,14 +140,16 @@ class Call:
             return ("kwargs", *((key, self.frozen(tree[key])) for key in sorted(tree)))
         if isinstance(tree, slice):
             return ("slice", self.frozen(tree.start), self.frozen(tree.stop), self.frozen(tree.step))
-        if isinstance(tree, (Ref, Input, bool, int, float, str, type(None), type(Ellipsis), torch.dtype, torch.device)):
+        if isinstance(
+            tree, (Ref, Input, bool, int, float, str, type(None), type(Ellipsis), torch.dtype, torch.device)
+        ):
             return (type(tree).__name__, tree)
         return ("object", id(tree))
 
     @property
     def token(self) -> Hashable:
         """Equal for two calls that take the same elements of the site to the same places."""
-        return (self.step.operation, self.frozen(self.args), self.frozen(self.node.kwargs), self.node.shape)
+        return (self.node.name, self.frozen(self.args), self.frozen(self.node.kwargs), self.node.shape)
 
     @property
     def own_token(self) -> Hashable:

@@ -10,19 +10,21 @@ from typing import Any
 from pyro_blr.expressions import Latent, Node, Ref, Tape, refs_in
 from pyro_blr.kinds._arithmetic import ARITHMETIC_RULES
 from pyro_blr.kinds._calls import Broken, Bundle, Call, Rule
+from pyro_blr.kinds._joins import JOIN_RULES
 from pyro_blr.kinds._matrices import MATRIX_RULES
 from pyro_blr.kinds._values import Form, Kind, Sort, Value, shared_dims
 from pyro_blr.kinds._views import VIEW_RULES, pick
 
 __all__ = ["kind_of"]
 
-RULES: dict[str, Rule] = {**VIEW_RULES, **ARITHMETIC_RULES, **MATRIX_RULES}
+RULES: dict[str, Rule] = {**VIEW_RULES, **JOIN_RULES, **ARITHMETIC_RULES, **MATRIX_RULES}
 
 
 def kind_of(tape: Tape, ref: Any, site: str, sort: Sort) -> Kind:
     """What the expression `ref` of the tape is as a function of `site`, all other latents held.
 
-    A claim holds for every value of the site and of the other latents.  An operation without a rule is `OTHER`, never an error.
+    A claim holds for every value of the site and of the other latents.  An operation without a rule
+    is `OTHER`, never an error.
     """
     if site not in tape.latents_of(ref):
         return Kind(Form.CONSTANT)
@@ -54,7 +56,9 @@ def _value_of(call: Call) -> Value | Bundle:
         return _leaf(call)
     if node.dtype is not None and not node.dtype.is_floating_point:
         return step.other()
-    rule = pick if node.function is operator.getitem else RULES.get(_rule_name(node)) if _is_torch(node.function) else None
+    rule = pick if node.function is operator.getitem else RULES.get(_rule_name(node))
+    if not _is_torch(node.function):
+        rule = None
     if rule is None:
         return _first_broken(call) or step.other()
     try:
@@ -81,7 +85,7 @@ def _rule_name(node: Node) -> str:
 
 def _is_torch(function: Callable) -> bool:
     module = getattr(function, "__module__", None)
-    return module is None or module.split(".")[0] in ("torch", "pyro_blr")
+    return module is None or module.split(".")[0] in ("torch", "pyro_blr", "_operator")
 
 
 def _first_broken(call: Call) -> Value | None:
@@ -93,7 +97,7 @@ def _first_broken(call: Call) -> Value | None:
 
 
 def _signed(call: Call, value: Value) -> Value:
-    """`value` with the operation that gave it its form: this one, or the one that an operand had its form from."""
+    """`value` with the operation that gave it its form: this one, or the one an operand had it from."""
     if value.operation or value.form is Form.OTHER:
         return value
     for ref in refs_in((call.args, call.node.kwargs)):

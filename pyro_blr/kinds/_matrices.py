@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
 from pyro_blr.expressions import Input, Ref
-from pyro_blr.kinds._algebra import contract, select
+from pyro_blr.kinds._algebra import contract
 from pyro_blr.kinds._calls import Broken, Bundle, Call, Rule
 from pyro_blr.kinds._values import CholeskyFactor, Form, Sort, Step, Value
 
@@ -23,7 +23,7 @@ def _square(value: Value) -> bool:
     return len(value.shape) >= 2 and value.shape[-1] == value.shape[-2]
 
 
-# -- products ----------------------------------------------------------------------------------------------------------
+# -- products --------
 
 
 def matmul(call: Call) -> Value:
@@ -88,7 +88,13 @@ def _untransposed(call: Call, token: Any) -> tuple[Any, bool]:
     while True:
         if isinstance(token, tuple) and token[:1] == ("transposed",):
             token = token[1]
-        elif isinstance(token, Ref) and call.tape.nodes[token.index].name in ("mT", "T", "t", "adjoint", "mH"):
+        elif isinstance(token, Ref) and call.tape.nodes[token.index].name in (
+            "mT",
+            "T",
+            "t",
+            "adjoint",
+            "mH",
+        ):
             node = call.tape.nodes[token.index]
             if node.name in ("T", "t") and len(node.shape or ()) != 2:
                 return token, flips
@@ -123,13 +129,15 @@ def _scaled(call: Call, a: Value, b: Value) -> Value | None:
     if matrix.is_single:
         return None
     kept_batch = matrix.shape[:-2] == step.shape[:-2]
-    token = matrix.token if kept_batch and matrix.shape == step.shape else ("scaled", matrix.token, step.shape)
+    token = (
+        matrix.token if kept_batch and matrix.shape == step.shape else ("scaled", matrix.token, step.shape)
+    )
     shared = matrix.shared if kept_batch else 2
     like = replace(matrix, shape=step.shape, token=token, shared=shared, is_diagonal=False)
     return step.monomial(like, matrix.power, None)
 
 
-# -- inverses and factors ----------------------------------------------------------------------------------------------
+# -- inverses and factors --------
 
 
 def inverted(step: Step, value: Value) -> Value:
@@ -147,7 +155,14 @@ def inverted(step: Step, value: Value) -> Value:
 
 
 def inverse(call: Call) -> Value:
-    return call.step.other() if call.others_depend() else inverted(call.step, call.value(call.first))
+    return inverted(call.step, call.value(call.first))
+
+
+def pseudoinverse(call: Call) -> Value:
+    """The inverse, but that it may drop small elements of a diagonal one, or what is below a tolerance."""
+    value = call.value(call.first)
+    has_options = len(call.args) > 1 or any(option is not None for option in call.node.kwargs.values())
+    return call.step.other() if has_options or value.is_diagonal else inverted(call.step, value)
 
 
 def factored(step: Step, value: Value) -> Value:
@@ -155,7 +170,11 @@ def factored(step: Step, value: Value) -> Value:
         return step.constant()
     if value.form is Form.MATRIX:
         return replace(value, form=Form.CHOLESKY, token=("cholesky", value.token), factor=CholeskyFactor())
-    if step.sort.is_positive and _square(value) and (_scales(value) or (value.is_monomial and value.is_diagonal)):
+    if (
+        step.sort.is_positive
+        and _square(value)
+        and (_scales(value) or (value.is_monomial and value.is_diagonal))
+    ):
         return step.monomial(value, 0.5 * value.power, None)
     return step.other()
 
@@ -166,15 +185,16 @@ def cholesky(call: Call) -> Value:
     return factored(call.step, call.value(call.first))
 
 
-def first_of(rule: Rule) -> Rule:
-    """`cholesky_ex`, `inv_ex`: the result of `rule`, and a flag of no known form."""
+def with_flag(make: Callable[[Step, Value], Value]) -> Rule:
+    """`cholesky_ex`, `inv_ex`: a result, and a flag of no known form."""
 
-    def with_flag(call: Call) -> Value | Bundle:
+    def rule(call: Call) -> Value | Bundle:
+        if call.node.kwargs.get("upper"):
+            return call.step.other()
         value = call.value(call.first)
-        make = {"linalg_cholesky_ex": factored, "linalg_inv_ex": inverted}[call.node.name]
         return Bundle(lambda step, item: make(step, value) if item == 0 else step.other())
 
-    return with_flag
+    return rule
 
 
 def _inverse_gram(step: Step, value: Value) -> Value:
@@ -205,7 +225,9 @@ def solve(call: Call) -> Value:
     matrix, right = call.value(call.first), call.value(call.argument(1, "B", "other"))
     if call.argument(2, "left", default=True) is not True:
         return call.step.other()
-    return _solved(call, inverted(replace(call.step, shape=matrix.shape), matrix), call.argument(1, "B", "other"), right)
+    return _solved(
+        call, inverted(replace(call.step, shape=matrix.shape), matrix), call.argument(1, "B", "other"), right
+    )
 
 
 def solve_triangular(call: Call) -> Value:
@@ -213,24 +235,33 @@ def solve_triangular(call: Call) -> Value:
     options = call.node.kwargs
     if not matrix.is_constant:
         is_lower = matrix.factor is not None and matrix.factor.is_lower
-        if options.get("upper") is is_lower or options.get("unitriangular") or options.get("left", True) is not True:
+        if (
+            options.get("upper") is is_lower
+            or options.get("unitriangular")
+            or options.get("left", True) is not True
+        ):
             return call.step.other()
         if matrix.factor is None and not matrix.is_diagonal:
             return call.step.other()
-    return _solved(call, inverted(replace(call.step, shape=matrix.shape), matrix), call.argument(1, "B"), right)
+    return _solved(
+        call, inverted(replace(call.step, shape=matrix.shape), matrix), call.argument(1, "B"), right
+    )
 
 
 def _solved(call: Call, inverse: Value, argument: Any, right: Value) -> Value:
     """inverse @ right."""
     if inverse.form is Form.OTHER:
         return inverse
-    if not inverse.is_constant and right.is_constant and _is_identity(call, argument):
-        if inverse.shape == call.step.shape:
-            call.assume(argument)
-            return inverse
-        return select(call.step, inverse, 2, call.token)
-    result = _congruence(call, inverse, right)
-    return contract(call.step, [inverse, right]) if result is None else result
+    if not inverse.is_constant and inverse.shape == call.step.shape and _is_identity(call, argument):
+        call.assume(argument)
+        return inverse
+    if (
+        len(inverse.shape) == len(right.shape) == len(call.step.shape)
+    ):  # else `right` may be a batch of vectors
+        result = _congruence(call, inverse, right) or _scaled(call, inverse, right)
+        if result is not None:
+            return result
+    return contract(call.step, [inverse, right])
 
 
 def _is_identity(call: Call, argument: Any) -> bool:
@@ -242,10 +273,11 @@ def _is_identity(call: Call, argument: Any) -> bool:
 
 MATRIX_RULES: dict[str, Rule] = {
     **dict.fromkeys("matmul mm bmm mv rmatmul linalg_matmul".split(), matmul),
-    **dict.fromkeys("inverse linalg_inv pinverse linalg_pinv".split(), inverse),
+    **dict.fromkeys("inverse linalg_inv".split(), inverse),
+    **dict.fromkeys("pinverse linalg_pinv".split(), pseudoinverse),
     **dict.fromkeys("cholesky linalg_cholesky".split(), cholesky),
-    "linalg_cholesky_ex": first_of(cholesky),
-    "linalg_inv_ex": first_of(inverse),
+    "linalg_cholesky_ex": with_flag(factored),
+    "linalg_inv_ex": with_flag(inverted),
     "cholesky_inverse": cholesky_inverse,
     "cholesky_solve": cholesky_solve,
     "linalg_solve": solve,

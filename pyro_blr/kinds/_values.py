@@ -1,4 +1,4 @@
-"""What is known of an expression as a function of one site: the public `Kind`, and the `Value` the rules work on."""
+"""What is known of an expression as a function of one site: the public `Kind`, the `Value` of the rules."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-__all__ = ["CholeskyFactor", "Form", "Kind", "Shape", "Sort", "Step", "Value", "common_trailing", "shared_dims"]
+__all__ = [
+    "CholeskyFactor",
+    "Form",
+    "Kind",
+    "Shape",
+    "Sort",
+    "Step",
+    "Value",
+    "common_trailing",
+    "shared_dims",
+]
 
 Shape = tuple[int, ...]
 
 
 class Sort(enum.Enum):
-    """The values a site takes.  A whole value of SIMPLEX is its last dim, of MATRIX (positive definite) its last two."""
+    """What a site's values are; one of SIMPLEX spans the last dim, one of MATRIX (positive definite) two."""
 
     REAL = "real"
     POSITIVE = "positive"
@@ -40,7 +50,7 @@ class Form(enum.Enum):
     MONOMIAL    every element is c z_i^power, i and c its own (SIMPLEX: the vectors kept whole)
     LOG         every element is c + power log z_i
     AFFINE      c + a linear map of z
-    MATRIX      every matrix is A W^power Aᵀ, A square, power ±1, W a matrix of z
+    MATRIX      every matrix is a constant times A W^power Aᵀ, A square, power ±1, W a matrix of z
     CHOLESKY    every matrix is the lower Cholesky factor of such a matrix (up to a constant's sign)
     OTHER       nothing of this is known
     """
@@ -58,10 +68,11 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True)
 class Kind:
-    """What `kind_of` says: the form, and the operation that gave it (for OTHER, the first that broke the form) with its line.
+    """What `kind_of` says: the form, and the operation that gave it with its line.
 
-    Over the last `shared_dims` dims all elements come from the same element of the site; `is_diagonal`: the last two dims
-    hold diagonal matrices.  `assumes`: the tape's inputs whose values, not only shapes, the claim rests on.
+    For OTHER that is the first operation that broke the form.  Over the last `shared_dims` dims all elements come
+    from the same element of the site; `is_diagonal`: the last two dims hold diagonal matrices.  `assumes`: the
+    tape's inputs whose values, not only shapes, the claim rests on.
     """
 
     form: Form
@@ -82,12 +93,12 @@ class Kind:
 
     @property
     def scales_matrix(self) -> bool:
-        """Whether every matrix is z_i^power times a constant one, or diagonal: its log-determinant is affine in log z."""
+        """Whether every matrix is z_i^power times a constant, or diagonal: log |.| is affine in log z."""
         return self.form in (Form.SELECTION, Form.MONOMIAL) and (self.shared_dims >= 2 or self.is_diagonal)
 
 
 class CholeskyFactor(NamedTuple):
-    """X = ±L, Lᵀ, L⁻¹ or L⁻ᵀ: X Xᵀ is the matrix, or Xᵀ X where `is_left`; `is_flipped` against the factor its token names."""
+    """X = L, Lᵀ, L⁻¹ or L⁻ᵀ; X Xᵀ is the matrix, or Xᵀ X if `is_left`; `is_flipped`: Xᵀ bears the token."""
 
     is_left: bool = False
     is_flipped: bool = False
@@ -98,8 +109,9 @@ class CholeskyFactor(NamedTuple):
 class Value:
     """An abstract value.  SELECTION is a MONOMIAL of power 1 and coefficient 1 here.
 
-    `token` names which element of the site stands where: two values with equal tokens and shapes are aligned.  For a
-    CONSTANT it names the constant.  `product` marks A W^power (or W^power A), half way to A W^power Aᵀ: (side, A's token).
+    `token` names which element of the site stands where: two values with equal tokens and shapes are aligned.
+    For a CONSTANT it names the constant, for a MATRIX its very value.  `product` marks A W^power (or W^power A),
+    half way to A W^power Aᵀ: (side, A's token).
     """
 
     form: Form
@@ -184,14 +196,18 @@ class Step:
             coefficient = None
         if power == 0:
             return self.constant(coefficient)
-        return replace(like, form=Form.MONOMIAL, power=power, coefficient=coefficient, operation="", source="")
+        return replace(
+            like, form=Form.MONOMIAL, power=power, coefficient=coefficient, operation="", source=""
+        )
 
     def linear(self, value: Value) -> Value:
         """A linear map of `value` of which no more is known."""
         if value.is_constant:
             return self.constant()
         if value.is_monomial and value.is_single:
-            like = replace(value, shape=self.shape, shared=len(self.shape), is_whole=self.sort.event_dims == 0)
+            like = replace(
+                value, shape=self.shape, shared=len(self.shape), is_whole=self.sort.event_dims == 0
+            )
             return self.monomial(replace(like, is_diagonal=False), value.power, None)
         return self.affine() if value.is_affine else self.other()
 
@@ -205,7 +221,7 @@ def common_trailing(a: Shape, b: Shape) -> int:
 
 
 def shared_dims(shape: Shape, at_least: int = 0) -> int:
-    """The last dims over which one element of the site stands: those known, and beyond them those of size 1."""
+    """The last dims over which one element of the site stands: those known, then those of size 1."""
     count = min(at_least, len(shape))
     while count < len(shape) and shape[-1 - count] == 1:
         count += 1

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from pyro_blr.expressions import Input, Ref
-from pyro_blr.kinds._algebra import broadcast, join, select
+from pyro_blr.kinds._algebra import broadcast, select
 from pyro_blr.kinds._calls import Broken, Bundle, Call, Rule
-from pyro_blr.kinds._values import Form, Shape, Step, Value, common_trailing, shared_dims
+from pyro_blr.kinds._values import Form, Shape, Value, common_trailing
 
-__all__ = ["VIEW_RULES", "transposed"]
+__all__ = ["BY_LATENT", "VIEW_RULES", "kept_by_index", "pick"]
 
 BY_LATENT = "index by a latent"
 
 
 def view(kept: Callable[[Call, Shape], int]) -> Rule:
-    """A selection of elements of the first argument, whose last `kept(call, shape)` dims stay whole and in order."""
+    """A selection of elements of the first argument, whose last `kept(call, shape)` dims stay in order."""
 
     def rule(call: Call) -> Value:
         if call.others_depend():
@@ -28,6 +28,16 @@ def view(kept: Callable[[Call, Shape], int]) -> Rule:
         return select(call.step, value, kept(call, value.shape), call.token)
 
     return rule
+
+
+def embedding(call: Call) -> Value:
+    """Rows of the second argument."""
+    weight = call.argument(1, "weight")
+    if call.depends(call.first):
+        return call.step.other(BY_LATENT)
+    if call.argument(3, "max_norm") is not None:
+        return call.step.other()
+    return select(call.step, call.value(weight), 1, call.token)
 
 
 def pieces(position: int) -> Rule:
@@ -43,7 +53,7 @@ def pieces(position: int) -> Rule:
     return rule
 
 
-# -- how many of the last dims a view keeps ----------------------------------------------------------------------------
+# -- how many of the last dims a view keeps --------
 
 
 def _in_order(call: Call, shape: Shape) -> int:
@@ -87,7 +97,10 @@ def _permute(call: Call, shape: Shape) -> int:
 
 
 def _swap(call: Call, shape: Shape) -> int:
-    first, second = call.argument(1, "dim0", "axis0", "source"), call.argument(2, "dim1", "axis1", "destination")
+    first, second = (
+        call.argument(1, "dim0", "axis0", "source"),
+        call.argument(2, "dim1", "axis1", "destination"),
+    )
     dims = [d for ds in (first, second) for d in (ds if isinstance(ds, (tuple, list)) else (ds,))]
     if not shape or not all(isinstance(dim, int) for dim in dims):
         return 0
@@ -98,10 +111,10 @@ def _index(call: Call, shape: Shape) -> int:
     """`x[index]`: the dims of x after the last one that `index` does more to than take it whole."""
     index = call.argument(1)
     items = list(index) if isinstance(index, tuple) else [index]
-    return _kept_by_index(call, items, shape)
+    return kept_by_index(call, items, shape)
 
 
-def _kept_by_index(call: Call, items: Sequence[Any], shape: Shape) -> int:
+def kept_by_index(call: Call, items: Sequence[Any], shape: Shape) -> int:
     if not all(_is_plain_index(item) for item in items):
         return 0
     used = sum(_dims_used(call, item) for item in items)
@@ -132,7 +145,13 @@ def _dims_used(call: Call, item: Any) -> int:
     if item is None or item is Ellipsis or isinstance(item, bool):
         return 0
     tensor = call.tensor(item)
-    dtype = call.tape.nodes[item.index].dtype if isinstance(item, Ref) else None if tensor is None else tensor.dtype
+    dtype = (
+        call.tape.nodes[item.index].dtype
+        if isinstance(item, Ref)
+        else None
+        if tensor is None
+        else tensor.dtype
+    )
     if dtype in (torch.bool, torch.uint8):
         return len(call.shape_of(item))
     return 1
@@ -145,7 +164,7 @@ def _is_full(item: Any, size: int | None) -> bool:
     return item.start in (None, 0) and item.step in (None, 1) and stops_after
 
 
-# -- rules of their own ------------------------------------------------------------------------------------------------
+# -- rules of their own --------
 
 
 def transposed(call: Call, value: Value) -> Value:
@@ -157,7 +176,12 @@ def transposed(call: Call, value: Value) -> Value:
     if value.form is Form.CHOLESKY and value.factor is not None:
         left, flipped, lower = value.factor
         return replace(value, factor=type(value.factor)(not left, not flipped, not lower))
-    if value.is_monomial and square and (value.is_diagonal or value.shared >= 2) and step.sort.event_dims == 0:
+    if (
+        value.is_monomial
+        and square
+        and (value.is_diagonal or value.shared >= 2)
+        and step.sort.event_dims == 0
+    ):
         return value
     if value.product is not None:  # (A W)ᵀ = W Aᵀ
         side, matrix = value.product
@@ -204,172 +228,30 @@ def pick(call: Call) -> Value:
     return bundle.pick(call.step, call.args[1])
 
 
-def tokenless_like(number: float | None) -> Rule:
-    """A new constant that takes no more than its form from the site."""
-
-    def rule(call: Call) -> Value:
-        return call.step.other() if call.others_depend() else call.step.constant(number)
-
-    return rule
-
-
-def full_like(call: Call) -> Value:
-    fill = call.argument(2 if call.node.name == "new_full" else 1, "fill_value")
-    return call.step.other() if call.depends(fill) else call.step.constant(call.read(call.value(fill)))
-
-
-def joined(is_stack: bool, default: int | None = 0) -> Rule:
-    """`stack`, `cat`: the parts stay together right of the dim along which they are joined."""
-
-    def rule(call: Call) -> Value:
-        operands = call.argument(0, "tensors")
-        if not isinstance(operands, (tuple, list)):
-            return call.step.other()
-        parts = [call.value(operand) for operand in operands]
-        dim = call.argument(1, "dim", "axis", default=default)
-        rank = len(call.step.shape)
-        kept = rank - 1 - dim % rank if type(dim) is int and rank else 0
-        return join(call.step, parts, kept, call.token)
-
-    return rule
-
-
-def nested_stack(call: Call) -> Value:
-    """`torch.tensor([[a, b], [c, d]])`."""
-
-    def leaves(tree: Any) -> list[Any]:
-        return [leaf for item in tree for leaf in leaves(item)] if isinstance(tree, (tuple, list)) else [tree]
-
-    items = leaves(call.args[0])
-    parts = [call.value(item) for item in items]
-    if not isinstance(call.args[0], (tuple, list)):
-        return select(call.step, parts[0], common_trailing(parts[0].shape, call.step.shape), call.token)
-    return join(call.step, parts, min(len(part.shape) for part in parts), call.token)
-
-
-def _uniform_dims(mask: Shape, shape: Shape) -> int:
-    """The last dims of `shape` over which a mask does not vary."""
-    count = 0
-    while count < len(shape) and (count >= len(mask) or mask[-1 - count] == 1):
-        count += 1
-    return count
-
-
-def _choose(call: Call, condition: Any, *operands: Any) -> Value:
-    if call.depends(condition):
-        call.value(condition)  # raises, naming what it is made by: a comparison, usually
-        return call.step.other()
-    parts = [_spread(call.step, call.value(operand)) for operand in operands]
-    return join(call.step, parts, _uniform_dims(call.shape_of(condition), call.step.shape), call.token)
-
-
-def _spread(step: Step, value: Value) -> Value:
-    spread = value if value.is_constant else broadcast(step, value)
-    if spread.form is Form.OTHER:
-        raise Broken(spread)
-    return spread
-
-
-def where(call: Call) -> Value:
-    if len(call.args) + len(call.node.kwargs) < 3:
-        return call.step.other()
-    operands = (call.argument(0, "condition"), call.argument(1, "input", "self"), call.argument(2, "other"))
-    if hasattr(call.node.function, "__objclass__"):  # Tensor.where(self, condition, other)
-        operands = (call.argument(1, "condition"), call.argument(0, "input", "self"), call.argument(2, "other"))
-    return _choose(call, *operands)
-
-
-def masked_fill(call: Call) -> Value:
-    return _choose(call, call.argument(1, "mask"), call.first, call.argument(2, "value"))
-
-
-def write(call: Call) -> Value:
-    """`x[index] = value` as a new x: elements of the old one and of the value."""
-    target, index, value = call.args
-    if call.depends(index):
-        return call.step.other(BY_LATENT)
-    items = list(index) if isinstance(index, tuple) else [index]
-    shape = call.step.shape
-    if all(item is Ellipsis or item is None or isinstance(item, slice) for item in items):
-        if _kept_by_index(call, [item for item in items if item is not None], shape) == len(shape):
-            return _spread(call.step, call.value(value))
-    before, written = call.value(target), call.value(value)
-    kept = _kept_by_index(call, items, shape)
-    same = 0 if written.is_constant else common_trailing(written.shape, shape)
-    kept = kept if written.is_constant or written.is_single else min(kept, same)
-    if written.is_monomial and written.is_selection and kept < call.sort.event_dims:
-        return call.step.other("selects part of the simplex")
-    return join(call.step, [before, written], kept, call.token)
-
-
-def put_on_diagonal(call: Call) -> Value:
-    """`diag_embed`, and `diag` of a vector: the elements on the diagonal of a matrix of zeros."""
-    value = call.value(call.first)
-    step, offset = call.step, call.argument(1, "offset", "diagonal", default=0)
-    if call.node.name == "diag" and len(value.shape) == 2:
-        return select(step, value, 0, call.token)
-    if value.is_constant:
-        return step.constant()
-    if not value.is_monomial:
-        return step.linear(value)
-    options = {*range(2, len(call.args)), *(set(call.node.kwargs) - {"input", "offset", "diagonal"})}
-    proper = offset == 0 and not options and (call.node.name == "diag_embed" or len(value.shape) == 1)
-    shared = len(step.shape) if value.is_single else shared_dims(step.shape, value.shared + 1 if value.shared and proper else 0)
-    return replace(
-        value,
-        shape=step.shape,
-        token=value.token if value.is_single else call.token,
-        coefficient=None,
-        shared=shared,
-        is_whole=call.sort.event_dims == 0,
-        is_diagonal=proper,
-    )
-
-
-def triangle(call: Call) -> Value:
-    """`tril`, `triu`: zeros in place of some elements."""
-    value = call.value(call.first)
-    if value.is_monomial:
-        single = value.is_single
-        return replace(
-            value,
-            coefficient=None,
-            token=value.token if single else call.token,
-            is_whole=call.sort.event_dims == 0,
-            is_diagonal=value.is_diagonal,
-        )
-    return call.step.constant() if value.is_constant else call.step.linear(value)
-
-
 VIEW_RULES: dict[str, Rule] = {
-    **dict.fromkeys("clone _identity contiguous detach alias to type type_as double float half bfloat16".split(), unchanged),
-    **dict.fromkeys("cpu cuda as_tensor asarray positive real conj resolve_conj resolve_neg".split(), unchanged),
+    **dict.fromkeys(
+        "clone _identity contiguous detach alias to type type_as double float half bfloat16".split(),
+        unchanged,
+    ),
+    **dict.fromkeys(
+        "cpu cuda as_tensor asarray positive real conj resolve_conj resolve_neg".split(), unchanged
+    ),
     **dict.fromkeys("reshape view flatten unflatten ravel view_as reshape_as".split(), view(_in_order)),
     **dict.fromkeys("squeeze unsqueeze repeat tile atleast_1d".split(), view(_in_order)),
     **dict.fromkeys("expand expand_as broadcast_to".split(), expand),
     **dict.fromkeys("select narrow index_select".split(), view(_right_of(1, "dim"))),
-    **dict.fromkeys("gather take_along_dim take masked_select diagonal unfold".split(), view(_nothing)),
+    **dict.fromkeys(
+        "gather take_along_dim take masked_select diagonal linalg_diagonal unfold".split(), view(_nothing)
+    ),
     **dict.fromkeys("flip fliplr flipud".split(), view(_flip)),
     **dict.fromkeys("movedim moveaxis".split(), view(_swap)),
     **dict.fromkeys("mT mH H T t adjoint transpose swapaxes swapdims".split(), transpose),
     **dict.fromkeys("split chunk tensor_split split_with_sizes".split(), pieces(2)),
-    **dict.fromkeys(("stack",), joined(True)),
-    **dict.fromkeys("cat concat concatenate".split(), joined(False)),
-    **dict.fromkeys("hstack vstack dstack column_stack row_stack".split(), joined(False, None)),
-    **dict.fromkeys("diag_embed diag diagflat".split(), put_on_diagonal),
-    **dict.fromkeys("tril triu".split(), triangle),
-    **dict.fromkeys("zeros_like new_zeros".split(), tokenless_like(0.0)),
-    **dict.fromkeys("ones_like new_ones".split(), tokenless_like(1.0)),
-    **dict.fromkeys("empty_like new_empty new_tensor".split(), tokenless_like(None)),
-    **dict.fromkeys("full_like new_full".split(), full_like),
     "getitem": view(_index),
+    "embedding": embedding,
     "permute": view(_permute),
     "roll": view(_right_of(2, "dims")),
     "repeat_interleave": view(_right_of(2, "dim")),
     "unbind": pieces(1),
     "broadcast_tensors": broadcast_together,
-    "_stack": nested_stack,
-    "where": where,
-    "masked_fill": masked_fill,
-    "setitem": write,
 }
