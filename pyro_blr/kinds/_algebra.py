@@ -158,7 +158,8 @@ def add(step: Step, a: Value, b: Value) -> Value:
         return logarithm(step, multiply(step, exponential(step, a), exponential(step, b)))
     if a.is_monomial and b.is_monomial and a.power == b.power and aligned(step, a, b):
         coefficient = _both(a.coefficient, b.coefficient, lambda x, y: x + y)
-        return step.monomial(broadcast(step, replace(a, coefficient=None)), a.power, coefficient)
+        like = replace(a, coefficient=None, is_diagonal=a.is_diagonal and b.is_diagonal)
+        return step.monomial(broadcast(step, like), a.power, coefficient)
     return step.affine() if a.is_affine and b.is_affine else step.other()
 
 

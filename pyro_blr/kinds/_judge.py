@@ -55,7 +55,7 @@ def _value_of(call: Call) -> Value | Bundle:
     if isinstance(node.function, Latent):
         return _leaf(call)
     if node.dtype is not None and not node.dtype.is_floating_point:
-        return step.other()
+        return _first_broken(call) or step.other()
     rule = pick if node.function is operator.getitem else RULES.get(_rule_name(node))
     if not _is_torch(node.function):
         rule = None

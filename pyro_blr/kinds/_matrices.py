@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from pyro_blr.expressions import Input, Ref
 from pyro_blr.kinds._algebra import contract
 from pyro_blr.kinds._calls import Broken, Bundle, Call, Rule
@@ -71,8 +73,8 @@ def _congruence(call: Call, a: Value, b: Value) -> Value | None:
 def are_transposes(call: Call, a: Hashable, b: Hashable) -> bool:
     """Whether two constants are matrix transposes of one another."""
     (a, a_flips), (b, b_flips) = _untransposed(call, a), _untransposed(call, b)
-    if a == b:
-        return a_flips != b_flips
+    if a == b and a_flips != b_flips:
+        return True
     if not isinstance(a, Input) or not isinstance(b, Input):
         return False
     first, second = call.tape.inputs[a.index], call.tape.inputs[b.index]
@@ -266,9 +268,9 @@ def _solved(call: Call, inverse: Value, argument: Any, right: Value) -> Value:
 
 def _is_identity(call: Call, argument: Any) -> bool:
     tensor = call.tensor(argument)
-    if tensor is None or tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1]:
+    if tensor is None or tensor.dim() < 2 or tensor.shape[-1] != tensor.shape[-2]:
         return False
-    return bool((tensor.diagonal() == 1).all()) and bool((tensor.diagonal().diag_embed() == tensor).all())
+    return bool((tensor == torch.eye(tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)).all())
 
 
 MATRIX_RULES: dict[str, Rule] = {

@@ -70,9 +70,9 @@ class Form(enum.Enum):
 class Kind:
     """What `kind_of` says: the form, and the operation that gave it with its line.
 
-    For OTHER that is the first operation that broke the form.  Over the last `shared_dims` dims all elements come
-    from the same element of the site; `is_diagonal`: the last two dims hold diagonal matrices.  `assumes`: the
-    tape's inputs whose values, not only shapes, the claim rests on.
+    For OTHER that is the first operation that broke the form.  Over the last `shared_dims` dims all elements
+    come from one element of the site; `is_diagonal`: the last two dims hold diagonal matrices.  `assumes`:
+    the tape's inputs whose values, not only shapes, the claim rests on.
     """
 
     form: Form
@@ -110,7 +110,7 @@ class Value:
     """An abstract value.  SELECTION is a MONOMIAL of power 1 and coefficient 1 here.
 
     `token` names which element of the site stands where: two values with equal tokens and shapes are aligned.
-    For a CONSTANT it names the constant, for a MATRIX its very value.  `product` marks A W^power (or W^power A),
+    For a CONSTANT it names the constant, for a MATRIX its value.  `product` marks A W^power (or W^power A),
     half way to A W^power Aᵀ: (side, A's token).
     """
 
