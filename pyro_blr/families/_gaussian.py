@@ -158,6 +158,13 @@ def solve(factor: Tensor, vector: Tensor) -> Tensor:
     return torch.cholesky_solve(vector.unsqueeze(-1), factor).squeeze(-1)
 
 
+def inverse(factor: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹; torch.cholesky_inverse would synchronise with the device, and raise where L is singular."""
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    root = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return root.mT @ root
+
+
 def scale_tril_of_precision(precision: Tensor) -> Tensor:
     """L with L Lᵀ = P⁻¹ and L lower triangular: the inverse transpose of P's reversed Cholesky factor."""
     reversed_factor = cholesky(precision.flip((-2, -1))).flip((-2, -1)).mT

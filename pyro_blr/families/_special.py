@@ -23,8 +23,11 @@ def _series(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def trigamma(x: Tensor) -> Tensor:
-    """ψ′(x) = ζ(2, x); torch.polygamma(1, x) is right to 1e-9 only."""
-    return torch.special.zeta(2.0, x)
+    """ψ′(x) = ζ(2, x) for x > 0, NaN elsewhere; torch.polygamma(1, x) is right to 1e-9 only.
+
+    torch's ζ counts its argument up to 9 in steps of one, so a large negative one would never return.
+    """
+    return torch.special.zeta(2.0, torch.where(x > 0, x, torch.nan))
 
 
 def digamma_gap(x: Tensor) -> Tensor:
@@ -77,10 +80,10 @@ def _half_steps(x: Tensor, dimension: int) -> Tensor:
 def inverse_multivariate_digamma_gap(gap: Tensor, dimension: int = 1, iterations: int = 10) -> Tensor:
     """The x > (d − 1)/2 with δ_d(x) = gap, for gap > 0 (Minka 2002 at d = 1).
 
-    Newton's method on 1/δ_d, nearly linear in x − (d − 1)/2 at both ends of the domain.
+    Newton's method on 1/δ_d, nearly linear in x − (d − 1)/2 at both ends of the domain. NaN where gap ≤ 0.
     """
     lower = (dimension - 1) / 2
-    target = gap.reciprocal()
+    target = torch.where(gap > 0, gap, torch.nan).reciprocal()
     excess = target
     for _ in range(iterations):
         x = excess + lower
@@ -114,9 +117,10 @@ def inverse_dirichlet_mean_log(mean_log: Tensor, iterations: int = 8, polish: in
 
     G(s) = Σ_k ψ⁻¹(mean_log_k + ψ(s)) − s is concave with one positive root, s = Σα. Newton's method decreases
     monotonically to it from the root of G's asymptote, ½ (K − E) / (1 − E) with E = Σ exp mean_log;
-    a few joint Newton steps on α polish the result.
+    a few joint Newton steps on α polish the result. NaN where E ≥ 1, which no distribution has.
     """
     complement = -torch.expm1(mean_log.logsumexp(-1))
+    complement = torch.where(complement > 0, complement, torch.nan)
     total = 0.5 * (mean_log.shape[-1] - 1 + complement) / complement
     for _ in range(iterations):
         concentration = inverse_digamma(mean_log + total.digamma().unsqueeze(-1))

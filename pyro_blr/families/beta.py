@@ -20,7 +20,7 @@ class Beta(ExponentialFamily):
     A(λ) = log Γ(α) + log Γ(β) − log Γ(s), μ = (ψ(α) − ψ(s), ψ(β) − ψ(s)).
 
     λ -> μ holds to rounding, where λ holds α to ε/α relative. μ -> λ (Newton on s, then jointly) holds for
-    α, β in [1e-3, 1e6] to 1e-12 + 8 ε κ relative in float64, κ = (1 + s)(1 + max|μ|) being the condition
+    α, β in [1e-3, 1e6] to 1e-12 + 32 ε κ relative in float64, κ = (1 + s)(1 + max|μ|) being the condition
     number; in float32 the same with its ε, so use s below 1e4 there. Uniform(0, 1) is Beta(1, 1).
     """
 

@@ -19,7 +19,7 @@ class Dirichlet(ExponentialFamily):
     """Dirichlet(α): T(x) = log x, λ = α − 1, A(λ) = Σ log Γ(α_k) − log Γ(Σα), μ_k = ψ(α_k) − ψ(Σα).
 
     λ -> μ holds to rounding, where λ holds α to ε/α relative. μ -> λ (Newton on Σα, then jointly) holds for
-    α in [1e-3, 1e6] to 1e-12 + 8 ε κ relative in float64, κ = (1 + Σα)(1 + max|μ|) being the condition
+    α in [1e-3, 1e6] to 1e-12 + 32 ε κ relative in float64, κ = (1 + Σα)(1 + max|μ|) being the condition
     number; in float32 the same with its ε, so use Σα below 1e4 there.
     """
 

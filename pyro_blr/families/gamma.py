@@ -19,7 +19,7 @@ class Gamma(ExponentialFamily):
     """Gamma(α, β): T(x) = (log x, x), λ = (α − 1, −β), A(λ) = log Γ(α) − α log β, μ = (ψ(α) − log β, α/β).
 
     λ -> μ holds to rounding, where λ holds α to ε/α relative. μ -> λ (Newton on log α − ψ(α), Minka 2002)
-    holds for α in [1e-3, 1e6] to 1e-12 + 8 ε κ relative in float64, κ = (1 + α)(1 + |μ₁| + |log μ₂|) being
+    holds for α in [1e-3, 1e6] to 1e-12 + 32 ε κ relative in float64, κ = (1 + α)(1 + |μ₁| + |log μ₂|) being
     the condition number; in float32 the same with its ε, so use α below 1e4 there.
     """
 

@@ -42,7 +42,7 @@ class MultivariateNormal(ExponentialFamily):
     def _mean_covariance(self, natural: Tensor) -> tuple[Tensor, Tensor]:
         vector, precision = self._split(natural)
         factor = _gaussian.cholesky(precision)
-        return _gaussian.solve(factor, vector), torch.cholesky_inverse(factor)
+        return _gaussian.solve(factor, vector), _gaussian.inverse(factor)
 
     def sufficient_statistics(self, value: Tensor) -> Tensor:
         return torch.cat([value, _gaussian.vech(value.unsqueeze(-1) * value.unsqueeze(-2))], -1)
@@ -63,7 +63,7 @@ class MultivariateNormal(ExponentialFamily):
         mean = expectation[..., : self.dimension]
         second = _gaussian.unvech(expectation[..., self.dimension :], self.dimension)
         covariance = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        return self._natural(mean, torch.cholesky_inverse(_gaussian.cholesky(covariance)))
+        return self._natural(mean, _gaussian.inverse(_gaussian.cholesky(covariance)))
 
     def _natural(self, mean: Tensor, precision: Tensor) -> Tensor:
         return torch.cat([_gaussian.matvec(precision, mean), _gaussian.pack_precision(precision)], -1)

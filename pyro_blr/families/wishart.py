@@ -54,9 +54,9 @@ class Wishart(ExponentialFamily):
     μ = (ψ_d(a) − log|R|, vech(a R⁻¹)).
 
     vech is row-major over the lower triangle. λ -> μ holds to rounding times κ(R). μ -> λ (Newton on
-    d log a − ψ_d(a)) holds for a − (d−1)/2 in [1e-3, 1e6] to 1e-12 + 8 d ε κ relative in float64,
+    d log a − ψ_d(a)) holds for a − (d−1)/2 in [1e-3, 1e6] to 1e-12 + 32 ε κ relative in float64,
     κ = κ(R) + (1 + a)(1 + |μ₁| + |log|E X||) being the condition number; in float32 the same with its ε, so
-    use a below 1e4 there.
+    use a below 1e4 there. A draw with ν near d − 1 may be singular to rounding, and its log|X| with it.
     """
 
     dimension: int
@@ -82,11 +82,11 @@ class Wishart(ExponentialFamily):
         half_df, rate = self._arguments(natural)
         factor = _gaussian.cholesky(rate)
         digamma = _special.multivariate_digamma(half_df, self.dimension)
-        mean = half_df[..., None, None] * torch.cholesky_inverse(factor)
+        mean = half_df[..., None, None] * _gaussian.inverse(factor)
         return digamma - 2 * _gaussian.half_logdet(factor), mean
 
     def sufficient_statistics(self, value: Tensor) -> Tensor:
-        logdet = 2 * _gaussian.half_logdet(_gaussian.cholesky(value))
+        logdet = torch.linalg.slogdet(value).logabsdet  # finite on draws that rounding made indefinite
         return torch.cat([logdet.unsqueeze(-1), _gaussian.vech(value)], -1)
 
     def log_partition(self, natural: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Wishart(ExponentialFamily):
         factor = _gaussian.cholesky(_gaussian.unvech(wide[..., 1:], self.dimension))
         gap = 2 * _gaussian.half_logdet(factor) - wide[..., 0]
         half_df = _special.inverse_multivariate_digamma_gap(gap, self.dimension)
-        natural = self._natural(half_df, half_df[..., None, None] * torch.cholesky_inverse(factor))
+        natural = self._natural(half_df, half_df[..., None, None] * _gaussian.inverse(factor))
         return self._differentiable(natural.to(expectation.dtype), expectation)
 
     def contains(self, natural: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Wishart(ExponentialFamily):
     def fisher(self, natural: Tensor) -> Tensor:
         """dμ₁ = ψ_d′(a) da − tr(R⁻¹ dR), dE X = R⁻¹ da − a R⁻¹ dR R⁻¹ along each basis vector of λ."""
         half_df, rate = self._arguments(natural)
-        scale = torch.cholesky_inverse(_gaussian.cholesky(rate)).unsqueeze(-3)
+        scale = _gaussian.inverse(_gaussian.cholesky(rate)).unsqueeze(-3)
         half_df = half_df.unsqueeze(-1)
         basis = torch.eye(self.num_parameters, dtype=natural.dtype, device=natural.device)
         step, change = basis[:, 0], 0.5 * _gaussian.precision_of(basis[:, 1:], self.dimension)

@@ -1,0 +1,113 @@
+"""One row a way of writing a distribution, one row a support: what the tests of families run over."""
+
+import warnings
+from collections.abc import Callable
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+from pyro_blr.families import ExponentialFamily, family_of, pushforward_family
+
+F64 = torch.float64
+BATCHES = [(), (3,), (2, 3)]
+
+
+def uniform(*shape: int, low: float = 0.5, high: float = 3.0) -> Tensor:
+    return low + (high - low) * torch.rand(shape, dtype=F64)
+
+
+def tril(*shape: int) -> Tensor:
+    """Random Cholesky factors (*batch, d, d)."""
+    return torch.randn(shape, dtype=F64).tril(-1) * 0.5 + torch.diag_embed(uniform(*shape[:-1]))
+
+
+def spd(*shape: int) -> Tensor:
+    factor = tril(*shape)
+    return factor @ factor.mT
+
+
+def mean(*shape: int) -> Tensor:
+    return 2 * torch.randn(shape, dtype=F64)
+
+
+def probs(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=F64).softmax(-1)
+
+
+normal = dist.MultivariateNormal
+
+
+def low_rank(*b: int) -> dist.LowRankMultivariateNormal:
+    return dist.LowRankMultivariateNormal(mean(*b, 3), mean(*b, 3, 1), uniform(*b, 3))
+
+
+DISTRIBUTIONS: dict[str, Callable] = {
+    "Normal": lambda *b: dist.Normal(mean(*b), uniform(*b)),
+    "MultivariateNormal": lambda *b: normal(mean(*b, 3), scale_tril=tril(*b, 3, 3)),
+    "MultivariateNormal covariance": lambda *b: normal(mean(*b, 2), spd(*b, 2, 2)),
+    "MultivariateNormal precision": lambda *b: normal(mean(*b, 2), precision_matrix=spd(*b, 2, 2)),
+    "MultivariateNormal shared": lambda *b: normal(mean(*b, 2), spd(2, 2)),
+    "LowRankMultivariateNormal": low_rank,
+    "LogNormal": lambda *b: dist.LogNormal(mean(*b), uniform(*b, high=1.0)),
+    "Gamma": lambda *b: dist.Gamma(uniform(*b), uniform(*b)),
+    "Exponential": lambda *b: dist.Exponential(uniform(*b)),
+    "Chi2": lambda *b: dist.Chi2(uniform(*b)),
+    "InverseGamma": lambda *b: dist.InverseGamma(uniform(*b), uniform(*b)),
+    "Beta": lambda *b: dist.Beta(uniform(*b), uniform(*b)),
+    "Uniform": lambda *b: dist.Uniform(torch.zeros(b, dtype=F64), torch.ones(b, dtype=F64)),
+    "Dirichlet": lambda *b: dist.Dirichlet(uniform(*b, 4)),
+    "Bernoulli": lambda *b: dist.Bernoulli(uniform(*b, low=0.1, high=0.9)),
+    "Bernoulli logits": lambda *b: dist.Bernoulli(logits=mean(*b)),
+    "Binomial": lambda *b: dist.Binomial(1, uniform(*b, low=0.1, high=0.9)),
+    "Categorical": lambda *b: dist.Categorical(probs(*b, 4)),
+    "Categorical logits": lambda *b: dist.Categorical(logits=mean(*b, 4)),
+    "OneHotCategorical": lambda *b: dist.OneHotCategorical(probs(*b, 3)),
+    "OneHotCategorical logits": lambda *b: dist.OneHotCategorical(logits=mean(*b, 3)),
+    "Multinomial": lambda *b: dist.Multinomial(1, probs(*b, 3)),
+    "Wishart covariance": lambda *b: dist.Wishart(uniform(*b, low=2.7), spd(*b, 3, 3)),
+    "Wishart precision": lambda *b: dist.Wishart(uniform(*b, low=2.7), precision_matrix=spd(*b, 3, 3)),
+    "Wishart": lambda *b: dist.Wishart(uniform(*b, low=1.7), scale_tril=tril(*b, 2, 2)),
+}
+SUPPORTS = {
+    "positive": (constraints.positive, ()),
+    "unit_interval": (constraints.unit_interval, ()),
+    "interval": (constraints.interval(-2.0, 5.0), ()),
+    "half_open_interval": (constraints.half_open_interval(0.0, 3.0), ()),
+    "greater_than": (constraints.greater_than(3.0), ()),
+    "less_than": (constraints.less_than(-1.0), ()),
+    "positive vector": (constraints.positive, (3,)),
+    "positive matrix": (constraints.independent(constraints.positive, 2), (2, 2)),
+    "real matrix": (constraints.independent(constraints.real, 2), (2, 2)),
+    "simplex": (constraints.simplex, (4,)),
+    "two simplices": (constraints.independent(constraints.simplex, 1), (2, 3)),
+    "ordered_vector": (constraints.ordered_vector, (3,)),
+    "lower_cholesky": (constraints.lower_cholesky, (2, 2)),
+    "positive_definite": (constraints.positive_definite, (2, 2)),
+    "corr_cholesky": (constraints.corr_cholesky, (3, 3)),
+    "corr_matrix": (constraints.corr_matrix, (3, 3)),
+}
+NAMES = [*DISTRIBUTIONS, *SUPPORTS]
+
+
+def make(name: str, batch: tuple[int, ...] = ()) -> tuple[ExponentialFamily, Tensor, dist.Distribution]:
+    """(family, λ, the distribution that λ was read from)."""
+    if name in SUPPORTS:
+        family = pushforward_family(*SUPPORTS[name])
+        d = family.base.event_shape
+        if d:
+            base = dist.MultivariateNormal(mean(*batch, *d) / 2, spd(*batch, *d, *d) / 4)
+        else:
+            base = dist.Normal(mean(*batch) / 2, uniform(*batch, high=1.0))
+        natural = family.base.from_distribution(base)
+        return family, natural, family.to_distribution(natural)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Low df values")  # torch's word on ν < d, which is well defined
+        distribution = DISTRIBUTIONS[name](*batch)
+    family = family_of(distribution)
+    return family, family.from_distribution(distribution), distribution
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
