@@ -79,7 +79,8 @@ def multiply(step: Step, a: Value, b: Value) -> Value:
     if a.is_constant:
         a, b = b, a
     if a.is_constant:
-        return step.constant(_both(step.read(a), step.read(b), lambda x, y: x * y))
+        numbers = step.read(a), step.read(b)
+        return step.constant(0.0 if 0 in numbers else _both(*numbers, lambda x, y: x * y))
     if b.is_constant:
         return _times_constant(step, a, b)
     if a.is_monomial and b.is_monomial and aligned(step, a, b):
@@ -119,6 +120,8 @@ def power(step: Step, value: Value, exponent: float | None) -> Value:
     """Elementwise value ** exponent (None: not one known number)."""
     if value.is_constant:
         number = step.read(value)
+        if number == 0 and (exponent is None or exponent < 1):
+            return step.other()  # nothing but rounding, if a sum cancelled: its root or inverse is anything
         return step.constant(_both(number, exponent, _real_power))
     if exponent == 1:
         return broadcast(step, value)
@@ -134,7 +137,12 @@ def power(step: Step, value: Value, exponent: float | None) -> Value:
 def logarithm(step: Step, value: Value) -> Value:
     """log(c z^p) = log c + p log z; it keeps c as its coefficient."""
     if value.is_constant:
-        return step.constant(_both(step.read(value), 0.0, lambda x, _: math.log(x) if x > 0 else None))
+        number = step.read(value)
+        return (
+            step.other()
+            if number == 0
+            else step.constant(None if number is None or number < 0 else math.log(number))
+        )
     if value.is_monomial and step.sort.is_positive:
         return replace(value, form=Form.LOG, is_diagonal=False)
     return step.other()
