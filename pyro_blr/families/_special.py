@@ -77,7 +77,7 @@ def _half_steps(x: Tensor, dimension: int) -> Tensor:
     return x.unsqueeze(-1) - torch.arange(dimension, dtype=x.dtype, device=x.device) / 2
 
 
-def inverse_multivariate_digamma_gap(gap: Tensor, dimension: int = 1, iterations: int = 10) -> Tensor:
+def inverse_multivariate_digamma_gap(gap: Tensor, dimension: int = 1, iterations: int = 8) -> Tensor:
     """The x > (d − 1)/2 with δ_d(x) = gap, for gap > 0 (Minka 2002 at d = 1).
 
     Newton's method on 1/δ_d, nearly linear in x − (d − 1)/2 at both ends of the domain. NaN where gap ≤ 0.
