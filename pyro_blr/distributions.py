@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -116,8 +117,8 @@ class PushedNormal(Pushforward):
     """x = t(u), u Gaussian, with the moments of x.
 
     exp has closed forms. Other elementwise t: the trapezoidal rule on u = m + s z, whose error falls as
-    exp(−2π²/(s h)) for the logistic function; the spacing h follows s, where Gauss–Hermite nodes would step
-    over a steep t. A t that mixes elements (simplex, Cholesky factor): 8192 points of a scrambled Sobol
+    exp(−2π²/(s h)) for the logistic function; the spacing h follows s (Gauss–Hermite nodes step over a steep
+    t). A t that mixes elements (simplex, Cholesky factor): 8192 points of a scrambled Sobol
     sequence, the same every time.
     """
 
@@ -160,7 +161,8 @@ class PushedNormal(Pushforward):
     def _integrate(self, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """E t and Var t, centred, by nodes z of spacing h on [−10, 10]."""
         spacing = min(0.25, max(0.5 / max(scale.max().item(), 1e-300), 20 / 4096)) if scale.numel() else 0.25
-        z = torch.arange(-10, 10 + spacing, spacing, dtype=torch.float64, device=mean.device)
+        last = math.ceil(10 / spacing)
+        z = spacing * torch.arange(-last, last + 1, dtype=torch.float64, device=mean.device)
         weights = torch.softmax(-0.5 * z.square(), 0)
         chunk = max(1, 2**20 // max(mean.numel(), 1))
         first = second = torch.zeros((), dtype=torch.float64, device=mean.device)

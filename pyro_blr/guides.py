@@ -40,10 +40,10 @@ class AutoExponentialFamily(AutoGuide):
     """q(z) = Π_i q_i(z_i), q_i(z_i) ∝ exp⟨λ_i, T_i(z_i)⟩, on the sites and in the plates of a model.
 
     `blocks` says how q factorises: "sites" (one factor a site, full covariance within its event), "elements",
-    or a list of groups of site names. `naturals` holds the full λ of each block, (*batch, p) with every plate at
-    its full size; entries are replaced, never written into. A subsampled plate uses the rows of λ that it drew,
-    or that the model gives it (`subsample=`). Statements carry the masks and the plates' scale of the model, not
-    `poutine.scale`. A block over several sites samples `_<block>_latent` and then its sites as `Delta`s.
+    or a list of groups of site names. `naturals` holds the full λ of each block, (*batch, p) with every plate
+    at its full size; entries are replaced, never written into. A subsampled plate uses the rows of λ that it
+    drew, or that the model gives it (`subsample=`). Statements carry the masks and the plates' scale of the
+    model, not `poutine.scale`. A block of several sites samples `_<block>_latent`, then its sites as Deltas.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class AutoExponentialFamily(AutoGuide):
         self._gives_indices: bool | None = None
 
     def setup(self, graph: FactorGraph) -> None:
-        """Takes blocks, plates and masks from a captured run; a λ whose shape fits stays, others start anew."""
+        """Takes blocks, plates and masks from a captured run; λ that fit stay, others start at the prior."""
         blocks = build_blocks(graph, self.factorisation)
         naturals = {}
         for name, block in blocks.items():
@@ -72,7 +72,8 @@ class AutoExponentialFamily(AutoGuide):
             naturals[name] = old if old is not None and kept else initial_natural(block)
         self._masks = {name: _mask_of(graph, site) for name, site in graph.sites.items()}
         self._gives_indices = None
-        self._prototype_frames = {name: _frame(plate) for name, plate in graph.plates.items()}
+        # plates around observed sites only are the model's own: they may change size with the data
+        self._prototype_frames = {p.name: _frame(p) for site in graph.sites.values() for p in site.plates}
         self.blocks, self.naturals = blocks, naturals
 
     def _same_family(self, name: str, block: Block) -> bool:
@@ -169,7 +170,7 @@ class AutoExponentialFamily(AutoGuide):
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Site -> a point of its support, the marginal median where the support is a product."""
-        return {name: median(q) for name, q in self._marginals(args, kwargs)}
+        return {site.name: median(q, site.device).to(site.dtype) for site, q in self._marginals(args, kwargs)}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -177,16 +178,16 @@ class AutoExponentialFamily(AutoGuide):
         levels = torch.as_tensor(quantiles, dtype=torch.float64).reshape(-1)
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"quantiles: found levels {levels.tolist()}, expected numbers between 0 and 1")
-        result = {}
-        for name, q in self._marginals(args, kwargs):
-            reference = q.mean
-            result[name] = quantile(q, levels.to(reference.device)).to(reference.dtype)
-        return result
+        return {
+            site.name: quantile(q, levels.to(site.device)).to(site.dtype)
+            for site, q in self._marginals(args, kwargs)
+        }
 
-    def _marginals(self, args: tuple, kwargs: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    def _marginals(self, args: tuple, kwargs: Mapping[str, Any]) -> Iterable[tuple[Site, Any]]:
         for name, block in self._prepared(args, kwargs).items():
-            for site in block.site_names:
-                yield site, marginal(block, site, self.naturals[name])
+            natural = self.naturals[name].to(block.dtype)
+            for site in block.sites:
+                yield site, marginal(block, site.name, natural)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """One draw of every latent site, as the guide samples it."""

@@ -63,7 +63,7 @@ def site_distribution(block: Block, natural: Tensor) -> Any:
     if isinstance(family, MultivariateNormal) and not block.elements:
         return _reshaped(distribution, event_shape_of(site))
     if isinstance(distribution, dist.Categorical) and block.states is not None:
-        return _over_states(block.states, distribution.logits, site.support)
+        distribution = _over_states(block.states, distribution.logits, site.support)
     if isinstance(family, TransformedNormal):
         return PushedNormal(distribution.base_dist, distribution.transforms, site.support)
     if isinstance(family, InverseGamma):

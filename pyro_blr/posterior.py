@@ -23,12 +23,12 @@ __all__ = ["Posterior"]
 
 
 class Posterior:
-    """q(z) = Π_i q_i(z_i) at fixed λ: `posterior["w"]` is a Pyro distribution with the shapes of the model's site.
+    """q(z) = Π_i q_i(z_i) at fixed λ: `posterior["w"]` is a Pyro distribution shaped as the model's site.
 
-    Its `mean`, `variance` and `stddev` are always defined: closed forms, quadrature for an elementwise function of a
-    Gaussian, a fixed quasi-random sequence for a simplex or a Cholesky factor made of one. Plates have their full
-    size. Besides λ it holds the bound (`elbo`, higher is better; `elbo_kind` says what it is), its `history`, and how
-    the run ended.
+    Its `mean`, `variance` and `stddev` are always defined: closed forms, quadrature for an elementwise
+    function of a Gaussian, a fixed quasi-random sequence for a simplex or a Cholesky factor made of one.
+    Plates have their full size. Besides λ it holds the bound (`elbo`, higher is better; `elbo_kind` says what
+    it is), its `history`, and how the run ended.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Posterior:
         args: tuple = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.blocks = MappingProxyType({name: storage.snapshot(block) for name, block in blocks.items()})
-        self.natural = MappingProxyType({name: naturals[name].detach().clone() for name in blocks})
+        self._blocks = {name: storage.snapshot(block) for name, block in blocks.items()}
+        self._naturals = {name: naturals[name].detach().clone() for name in blocks}
         self.elbo, self.elbo_kind, self.elbo_se = elbo, elbo_kind, elbo_se
         self.history = [float(value) for value in history]
         self.converged, self.stop_reason, self.num_steps = converged, stop_reason, num_steps
@@ -57,9 +57,18 @@ class Posterior:
         self._marginals: dict[str, Any] = {}
 
     @property
-    def naturals(self) -> Mapping[str, Tensor]:
-        """Block -> λ, (*batch, p)."""
-        return self.natural
+    def blocks(self) -> Mapping[str, Block]:
+        """The factors of q by name; a joint one is named after its sites, `a+b`."""
+        return MappingProxyType(self._blocks)
+
+    @property
+    def natural(self) -> Mapping[str, Tensor]:
+        """Block (a site, unless several are joint) -> λ, (*batch, p)."""
+        return MappingProxyType(self._naturals)
+
+    def _at(self, block: Block) -> Tensor:
+        """λ of a block in the precision of its sites."""
+        return self._naturals[block.name].to(block.dtype)
 
     # ----------------------------------------------------------------------------------------------------
     # Distributions
@@ -67,13 +76,15 @@ class Posterior:
     def __getitem__(self, name: str) -> Any:
         block = self._find(name)
         if name not in self._marginals:
-            self._marginals[name] = marginal(block, name, self.natural[block.name])
+            self._marginals[name] = marginal(block, name, self._at(block))
         return self._marginals[name]
 
     def _find(self, name: str) -> Block:
         if name not in self._block_of:
-            raise KeyError(f"found site {name!r}, expected a latent site of the model: {list(self._block_of)}")
-        return self.blocks[self._block_of[name]]
+            raise KeyError(
+                f"found site {name!r}, expected a latent site of the model: {list(self._block_of)}"
+            )
+        return self._blocks[self._block_of[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._block_of)
@@ -89,10 +100,10 @@ class Posterior:
         return self._block_of.keys()
 
     def joint(self, names: Sequence[str]) -> Any:
-        """The joint of Gaussian sites: a MultivariateNormal over their values, flattened and joined in this order.
+        """The joint of Gaussian sites: a MultivariateNormal over their values, flattened and in this order.
 
-        Sites that are elementwise functions of a Gaussian (positive, bounded) give its pushforward. Sites of one block
-        keep the block's plates as batch; sites of several blocks are flattened whole.
+        Sites that are elementwise functions of a Gaussian (positive, bounded) give its pushforward. Sites of
+        one block keep the block's plates as batch; sites of several blocks are flattened whole.
         """
         names = [names] if isinstance(names, str) else list(names)
         if not names or len(set(names)) != len(names):
@@ -101,23 +112,28 @@ class Posterior:
         for name, block in zip(names, blocks, strict=True):
             if not is_gaussian(block.family):
                 raise ValueError(
-                    f"joint: site {name!r} is {type(block.family).__name__}, expected sites that are Gaussian; it is "
-                    f"independent of the others in q: use posterior[{name!r}], or posterior.sample and .log_prob"
+                    f"joint: found site {name!r} of family {type(block.family).__name__}, expected Gaussian "
+                    f"sites; this one is independent of the others in q: use posterior[{name!r}]"
                 )
         if all(block is blocks[0] for block in blocks):
             mean, covariance = self._entries(blocks[0], names)
         else:
-            parts = [self._flat(block, [n for n in names if self._block_of[n] == block.name]) for block in _unique(blocks)]
+            parts = [
+                self._flat(block, [n for n in names if self._block_of[n] == block.name])
+                for block in _unique(blocks)
+            ]
             order = [n for block in _unique(blocks) for n in names if self._block_of[n] == block.name]
             mean, covariance = torch.cat([m for m, _ in parts]), torch.block_diag(*(c for _, c in parts))
-            index = _permutation(order, names, {name: self._size(name, flat=True) for name in names}).to(mean.device)
+            index = _permutation(order, names, {name: self._size(name, flat=True) for name in names}).to(
+                mean.device
+            )
             mean, covariance = mean[index], covariance[index][:, index]
         gaussian = dist.MultivariateNormal(mean, covariance, validate_args=False)
         return self._pushed(names, gaussian, len(_unique(blocks)) > 1)
 
     def _entries(self, block: Block, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Mean and covariance of some sites of a block, in the order of names."""
-        mean, covariance = gaussian_moments(block, self.natural[block.name])
+        mean, covariance = gaussian_moments(block, self._at(block))
         if len(block.members) == 1:
             return mean, covariance
         ranges = {m.site.name: torch.arange(m.start, m.stop, device=mean.device) for m in block.members}
@@ -130,7 +146,9 @@ class Posterior:
         batch, size = mean.shape[:-1].numel(), mean.shape[-1]
         whole = torch.block_diag(*covariance.reshape(batch, size, size)) if batch else mean.new_zeros(0, 0)
         rows = torch.arange(batch * size, device=mean.device).reshape(batch, size)
-        index = torch.cat([part.flatten() for part in rows.split([self._size(name, flat=False) for name in names], -1)])
+        index = torch.cat(
+            [part.flatten() for part in rows.split([self._size(name, flat=False) for name in names], -1)]
+        )
         return mean.flatten()[index], whole[index][:, index]
 
     def _size(self, name: str, flat: bool) -> int:
@@ -165,8 +183,8 @@ class Posterior:
             bijection = bijection.base_transform
         if bijection is not None and (bijection.domain.event_dim or _has_tensor_bounds(site.support)):
             raise ValueError(
-                f"joint: site {name!r} has support {site.support}, expected one whose elements are free and equally "
-                f"bounded; use posterior.sample and posterior.log_prob"
+                f"joint: found site {name!r} with support {site.support}, expected elements that are free and"
+                " equally bounded; use posterior.sample and .log_prob"
             )
         return bijection
 
@@ -178,23 +196,26 @@ class Posterior:
         """Site -> draws from q, (*sample_shape, *batch, *event), from torch's global generator."""
         shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
         result: dict[str, Tensor] = {}
-        for name, block in self.blocks.items():
-            result.update(draws_of(block, self.natural[name], shape))
+        for block in self._blocks.values():
+            result.update(draws_of(block, self._at(block), shape))
         return {name: result[name] for name in self._block_of}
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """log q(z), (*sample_shape), at the values of all sites, (*sample_shape, *batch, *event)."""
-        missing, unknown = sorted(set(self._block_of) - set(values)), sorted(set(values) - set(self._block_of))
+        missing, unknown = (
+            sorted(set(self._block_of) - set(values)),
+            sorted(set(values) - set(self._block_of)),
+        )
         if missing or unknown:
             raise ValueError(
-                f"log_prob: found values without sites {missing} and with unknown sites {unknown}, expected exactly "
-                f"{list(self._block_of)}; give every latent site, or use posterior[name].log_prob for one"
+                f"log_prob: found no values of sites {missing}, values of unknown sites {unknown}; expected "
+                f"exactly {list(self._block_of)}; use posterior[name].log_prob for one site"
             )
         for name in self._block_of:
             self._check_shape(name, values[name])
         total: Tensor | float = 0.0
-        for name, block in self.blocks.items():
-            total = total + log_prob_of(block, self.natural[name], values)
+        for block in self._blocks.values():
+            total = total + log_prob_of(block, self._at(block), values)
         return torch.as_tensor(total)
 
     def _check_shape(self, name: str, value: Any) -> None:
@@ -229,7 +250,10 @@ class Posterior:
             q = self[name]
             rows.append((name, family, str(tuple(q.batch_shape)), str(tuple(q.event_shape))))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         kind = f" ({self.elbo_kind})" if self.elbo_kind else ""
         head = f"Posterior: elbo {self.elbo:.6g}{kind}, {self.num_steps} steps"
         return "\n".join([head + (f", {self.stop_reason}" if self.stop_reason else ""), *lines])

@@ -19,7 +19,7 @@ NUM_DRAWS = 20_000  # where a marginal has no closed form
 
 
 def quantile(distribution: Any, levels: Tensor) -> Tensor:
-    """inf {x : P(X ≤ x) ≥ level} of every element's marginal: (L) -> (L, *batch, *event).
+    """inf {x : P(X ≤ x) ≥ level} of every element's marginal: (L) in float64 -> (L, *batch, *event).
 
     Exact for Gaussians and elementwise pushforwards of them, Gamma, InverseGamma, Beta, Dirichlet and
     discrete laws; from fixed draws for a simplex or Cholesky factor pushed from a Gaussian and for a
@@ -42,28 +42,25 @@ def quantile(distribution: Any, levels: Tensor) -> Tensor:
         return _empirical(_draws(distribution), levels)
 
 
-def median(distribution: Any) -> Tensor:
+def median(distribution: Any, device: torch.device) -> Tensor:
     """A point of the support: the elements' medians, or what stands for them where the support ties elements.
 
     Dirichlet: the medians renormalised. One-hot: the likeliest state. A pushed Gaussian: the image of its
     centre. Wishart: the mean.
     """
+    if isinstance(distribution, torch.distributions.Independent):
+        return median(distribution.base_dist, device)
     if isinstance(distribution, PushedNormal):
-        return distribution.push(median(distribution.base_dist))
+        return distribution.push(distribution.base_dist.mean)
     if isinstance(distribution, torch.distributions.Wishart):
         return distribution.mean
     if isinstance(distribution, torch.distributions.OneHotCategorical):
         state = distribution.probs.argmax(-1)
         return torch.nn.functional.one_hot(state, distribution.probs.shape[-1]).to(distribution.probs.dtype)
-    result = quantile(distribution, torch.tensor([0.5], dtype=_dtype(distribution)))[0]
+    result = quantile(distribution, torch.tensor([0.5], dtype=torch.float64, device=device))[0]
     if isinstance(distribution, torch.distributions.Dirichlet):
         return result / result.sum(-1, keepdim=True)
     return result
-
-
-def _dtype(distribution: Any) -> torch.dtype:
-    mean = distribution.mean
-    return mean.dtype if mean.is_floating_point() else torch.get_default_dtype()
 
 
 def _quantile_of_pushforward(distribution: PushedNormal, levels: Tensor) -> Tensor:
@@ -183,8 +180,8 @@ def _states(distribution: States, level: Tensor) -> Tensor:
 
 
 def _smallest_state(probs: Tensor, level: Tensor) -> Tensor:
-    below = probs.cumsum(-1)[..., :-1] < level.unsqueeze(-1) * (1 - 1e-12)
-    return below.sum(-1)
+    rounding = 4 * torch.finfo(probs.dtype).eps
+    return (probs.cumsum(-1)[..., :-1] < level.unsqueeze(-1) - rounding).sum(-1)
 
 
 def _wishart(distribution: Any, level: Tensor) -> Tensor:

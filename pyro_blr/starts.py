@@ -69,7 +69,7 @@ def apply_init(
     init: Mapping[str, Any] | None = None,
     init_loc_fn: Callable[[dict], Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(λ of every block, site -> value): `init` and `init_loc_fn` (Pyro's `init_to_…`) applied to given λ.
+    """(λ of every block, site -> value): `init` and, at continuous sites, `init_loc_fn` applied.
 
     A distribution sets λ. A value sets λ to a narrow member around it and is returned: T(value) are the
     site's expectations (`moments_at`) until its first update.
@@ -79,7 +79,7 @@ def apply_init(
     if unknown:
         raise ValueError(f"init names {unknown}, expected latent sites of the model: {sorted(graph.sites)}")
     for name, site in graph.sites.items():
-        if init_loc_fn is not None and name not in given:
+        if init_loc_fn is not None and name not in given and not site.support.is_discrete:
             given[name] = init_loc_fn(_message(site, graph.values[name]))
     given = {name: _checked(graph.sites[name], start) for name, start in given.items() if start is not None}
     result = dict(naturals)
