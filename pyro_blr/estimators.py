@@ -15,7 +15,7 @@ from torch.func import grad, jvp, vmap
 
 from pyro_blr.families import ExponentialFamily
 
-__all__ = ["bonnet_price", "gaussian_leaves", "reparameterised", "score_function", "standard_normal_draws"]
+__all__ = ["batched", "bonnet_price", "gaussian_leaves", "reparameterised", "score_function", "standard_normal_draws"]
 
 _HESSIAN_DIM = 200  # events up to this size get Hessians by automatic differentiation, larger ones Price's theorem by parts
 

@@ -32,8 +32,9 @@ class Explanation:
     """How every message of a model is computed, and why not exactly where it is not.
 
     One row for a site whose factors all stand alike; otherwise one for the site and one below it for each
-    factor.  `optimised` names the parameters that `optim` learns; `ordinary` says, for each guide site without a
-    natural gradient, why; `notes` are sentences about the model as a whole.  Iterating gives the verdicts.
+    factor.  `optimised` names the parameters that `optim` learns; `ordinary` says, for each guide site
+    without a natural gradient, why; `notes` are sentences about the model as a whole.  Iterating gives the
+    verdicts.
     """
 
     verdicts: Sequence[Verdict]
@@ -165,7 +166,7 @@ class Explanation:
 
 
 def _family(block: Block, site: str) -> str:
-    """`Gamma`, `MultivariateNormal(3)`, `Dirichlet(4) × 8` over plates and elements, `... with b` if joint."""
+    """`Gamma`, `MultivariateNormal(3)`, `Dirichlet(4) × 8` over a plate, `... with b` when joint."""
     event = " x ".join(str(size) for size in block.family.event_shape)
     text = type(block.family).__name__ + (f"({event})" if event else "")
     text += "".join(f" × {size}" for size in block.full_shape)

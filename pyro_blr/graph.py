@@ -39,6 +39,7 @@ __all__ = [
     "generic_value",
     "isolated_random_state",
     "node_log_prob",
+    "replayed_log_probs",
     "run_model",
     "same_run",
     "unfaithful_factors",
@@ -555,11 +556,19 @@ def _replay(
 ) -> dict[str, Tensor]:
     """Every factor's log probability in the model's own words, at the captured latents with some replaced."""
     values = {**graph.values, **values}
+    with torch.no_grad():
+        return replayed_log_probs(model, args, kwargs, graph, values)
+
+
+def replayed_log_probs(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], graph: FactorGraph, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """s_f log f of every factor, from a run of the model at given latents; differentiable as far as the program is."""
 
     def choose(name: str, distribution: Any) -> Tensor:
         return values[name] if name in values else generic_value(name, distribution)
 
-    with isolated_random_state(0), torch.no_grad(), pyro.validation_enabled(False):
+    with isolated_random_state(0), pyro.validation_enabled(False):
         trace = run_model(model, args, kwargs, choose, graph.subsamples)
         return {
             name: node_log_prob(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from pyro_blr.averages import FactorAverage, Moments
 from pyro_blr.blocks import Block
 from pyro_blr.conjugacy import FactorPlan
+from pyro_blr.estimators import batched
+from pyro_blr.expressions import Ref
+from pyro_blr.families import Categorical, MultivariateNormal
 from pyro_blr.graph import FactorGraph
 
 __all__ = ["Messages"]
@@ -26,6 +29,7 @@ class Messages:
     graph: FactorGraph
     blocks: Mapping[str, Block]
     plans: Mapping[str, FactorPlan]
+    replay: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
     def __post_init__(self) -> None:
         self.averages = {name: FactorAverage(self.graph, self.blocks, plan) for name, plan in self.plans.items()}
@@ -37,6 +41,35 @@ class Messages:
     def is_exact(self, block: str) -> bool:
         """Whether every message to the block is in closed form."""
         return all(self.plans[name].exact for name in self.factors_of[block])
+
+    def sampled_factors(self, block: str) -> list[str]:
+        """The block's factors that need draws."""
+        return [name for name in self.factors_of[block] if not self.plans[name].exact]
+
+    def is_coupled(self, block: str) -> bool:
+        """Whether some factor combines several batch elements of a Gaussian block, which q holds to be independent."""
+        event = 1 if isinstance(self.blocks[block].family, MultivariateNormal) else 0
+        return any(
+            dim < -event
+            for name in self.factors_of[block]
+            for argument in self.plans[name].arguments
+            for dim in argument.mixed.get(block, ())
+        )
+
+    def masked(self, block: str) -> Tensor | None:
+        """The batch elements that the model masks out at the site's own statement; None where there is no mask."""
+        if len(self.blocks[block].members) > 1:
+            return None
+        factor = self.graph.factors[self.blocks[block].site_names[0]]
+        inner = factor.constructed.mask if factor.constructed is not None else None
+        masks = [m for m in (factor.mask, inner) if m is not None and not isinstance(m, Ref) and m is not True]
+        if not masks:
+            return None
+        mask = torch.ones((), dtype=torch.bool, device=self.blocks[block].device)
+        for item in masks:
+            wide = torch.as_tensor(item, dtype=torch.bool, device=mask.device)
+            mask = mask & (wide if item is inner else wide.reshape(wide.shape + (1,) * self.blocks[block].elements))
+        return ~mask.expand(self.blocks[block].batch_shape)
 
     def neighbours(self, block: str) -> set[str]:
         """Blocks that share a factor with this one."""
@@ -58,14 +91,56 @@ class Messages:
     def expected_log_prob(self, factors: Iterable[str], moments: Moments, samples: Mapping[str, Tensor] | None = None) -> Tensor:
         """Σ_f s_f E_q[log f] over some factors, a float64 scalar."""
         total = torch.zeros((), dtype=torch.float64)
+        replayed = [name for name in factors if self.plans[name].replayed]
         for name in factors:
-            total = total + self.averages[name].total(moments, samples or {}).to(total.device)
+            if name not in replayed:
+                total = total + self.averages[name].total(moments, samples or {}).to(total.device)
+        if replayed:
+            total = total + self._replayed(replayed, samples or {})
         return total
 
-    def entropy(self, naturals: Mapping[str, Tensor]) -> Tensor:
-        """Σ_i s_i H(q_i), in the block's own variable; a float64 scalar."""
+    def _replayed(self, factors: Sequence[str], samples: Mapping[str, Tensor]) -> Tensor:
+        """Factors that only running the model can evaluate, at given draws."""
+        values = dict(self.graph.values)
+        for name, leaf in samples.items():
+            values.update(self.blocks[name].values(leaf) if not self.blocks[name].is_discrete else self._states(name, leaf))
+        log_probs = self.replay(values)
+        return sum((log_probs[name].sum(dtype=torch.float64) for name in factors), torch.zeros((), dtype=torch.float64))
+
+    def _states(self, name: str, leaf: Tensor) -> dict[str, Tensor]:
+        block = self.blocks[name]
+        assert block.states is not None
+        site = block.sites[0]
+        if isinstance(block.family, Categorical) and not block.family.one_hot:
+            leaf = block.states.to(leaf.device)[leaf]
+        return {site.name: leaf.to(site.dtype)}
+
+    def state_table(self, block: str, moments: Moments, factors: Iterable[str]) -> Tensor:
+        """Σ_f s_f E_q[log f | state], (*batch, K): the gradient in the probabilities of a discrete block."""
+        probs = moments[block]["probs"].detach().requires_grad_()
+        with torch.enable_grad():
+            total = self.expected_log_prob(factors, {**moments, block: {"probs": probs}})
+            return torch.autograd.grad(total, probs)[0]
+
+    def average_over(self, factors: Sequence[str], moments: Moments, leaves: Mapping[str, Tensor]) -> Tensor:
+        """Σ_f s_f E_q[log f] given each of the stacked draws `leaves`; shape (S,)."""
+        if not leaves:
+            return self.expected_log_prob(factors, moments).unsqueeze(0)
+        count = max(leaf.shape[0] for leaf in leaves.values())
+        leaves = {k: v if v.shape[0] == count else v[:1].expand(count, *v.shape[1:]) for k, v in leaves.items()}
+        names = list(leaves)
+        return batched(
+            lambda leaf, other: self.expected_log_prob(factors, moments, {**other, names[0]: leaf}),
+            leaves[names[0]],
+            {name: leaves[name] for name in names[1:]},
+        )
+
+    def entropy(self, naturals: Mapping[str, Tensor], silent: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Σ_i s_i H(q_i), in the block's own variable, without silent elements; a float64 scalar."""
         total = torch.zeros((), dtype=torch.float64)
         for name, block in self.blocks.items():
-            entropy = block.family.entropy(naturals[name]).sum(dtype=torch.float64)
-            total = total + block.scale * entropy.to(total.device)
+            entropy = block.family.entropy(naturals[name])
+            if silent is not None and name in silent:
+                entropy = torch.where(silent[name], 0.0, entropy)
+            total = total + block.scale * entropy.sum(dtype=torch.float64).to(total.device)
         return total

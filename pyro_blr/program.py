@@ -10,8 +10,17 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_blr.blocks import Block, build_blocks
-from pyro_blr.conjugacy import FactorPlan, analyse
-from pyro_blr.graph import FactorGraph, capture, generic_value, run_model, same_run, unfaithful_factors
+from pyro_blr.conjugacy import PROVED, FactorPlan, analyse
+from pyro_blr.checks import check_graph
+from pyro_blr.graph import (
+    FactorGraph,
+    capture,
+    generic_value,
+    replayed_log_probs,
+    run_model,
+    same_run,
+    unfaithful_factors,
+)
 from pyro_blr.messages import Messages
 
 __all__ = ["Program", "Programs"]
@@ -34,6 +43,23 @@ class Program:
     @property
     def is_subsampled(self) -> bool:
         return any(plate.subsample_size != plate.size for plate in self.graph.plates.values())
+
+    def notes(self) -> list[str]:
+        """What a user should know about the run besides verdicts."""
+        found = [f"{d.operation} on {' and '.join(sorted(d.latents))} ({d.source}): a latent leaves torch there" for d in self.graph.tape.departures]
+        if self.graph.failure is not None:
+            found.append(f"the model cannot be recorded ({self.graph.failure}): it is run again for every draw")
+        return list(dict.fromkeys(found))
+
+    def refuse_unproved(self) -> None:
+        """Raises where exactness rests on numbers alone (`strict=True`)."""
+        unproved = [v for plan in self.plans.values() for v in plan.verdicts if v.exact and v.how != PROVED]
+        if unproved:
+            first = unproved[0]
+            raise ValueError(
+                f"strict=True: site {first.site!r} in factor {first.factor!r} is {first.how}, expected a proof from its expression. "
+                "Write the argument with plain torch operations, or leave strict out"
+            )
 
     def local_blocks(self) -> list[str]:
         """Blocks inside a subsampled plate: their λ is theirs alone, so they move to their optimum at every step."""
@@ -74,6 +100,7 @@ class Programs:
         return value
 
     def _understand(self, graph: FactorGraph, trace: poutine.Trace, args: tuple, kwargs: Mapping[str, Any]) -> Program:
+        check_graph(graph)
         blocks = build_blocks(graph, self.blocks)
         key = _structure(graph)
         if key not in self._judged:
@@ -83,7 +110,10 @@ class Programs:
         else:
             judged, unfaithful = self._judged[key]
             plans = analyse(graph, blocks, unfaithful, judged)
-        return Program(trace, graph, blocks, plans, Messages(graph, blocks, plans))
+        def replay(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return replayed_log_probs(self.model, args, kwargs, graph, values)
+
+        return Program(trace, graph, blocks, plans, Messages(graph, blocks, plans, replay))
 
 
 def _structure(graph: FactorGraph) -> tuple:

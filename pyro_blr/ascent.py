@@ -1,0 +1,182 @@
+"""Sweeps: every block to its target, exact blocks at ρ = 1, others by safeguarded steps; the bound never falls unseen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_blr.beliefs import Beliefs
+from pyro_blr.checks import ImproperPosteriorError, check_natural
+from pyro_blr.program import Program
+from pyro_blr.rules import BLR, RobbinsMonro
+from pyro_blr.targets import Draws, Targets, fresh_seed
+
+__all__ = ["Ascent"]
+
+LOCAL_SWEEPS = 50  # sweeps over local blocks at most, before a global step on a minibatch
+
+
+class Ascent:
+    """One run of the model and q on it, on the way up."""
+
+    rule = BLR()
+    schedule = RobbinsMonro(delay=1.0, decay=0.6)
+
+    def __init__(self, program: Program, beliefs: Beliefs, last: Sequence[str] = ()):
+        self.program, self.beliefs = program, beliefs
+        self.targets = Targets(program.messages)
+        self._bound: float | None = None
+        self.bound_se = 0.0
+        self.last = list(last)  # updated last in a sweep: blocks whose start is given
+
+    @property
+    def bound_kind(self) -> str:
+        if not self.program.is_exact or self.program.is_subsampled:
+            return "estimate ± standard error"
+        independent = all(not self.program.messages.neighbours(name) for name in self.program.blocks)
+        coupled = any(self.program.messages.is_coupled(name) for name in self.program.blocks)
+        return "exact evidence" if independent and not coupled else "exact bound"
+
+    @property
+    def order(self) -> list[str]:
+        """Blocks in model order, those whose start is given last."""
+        names = list(self.program.blocks)
+        return [n for n in names if n not in self.last] + [n for n in names if n in self.last]
+
+    # -- the equation -------------------------------------------------------------------------------------------------
+
+    def sweep(self, names: list[str] | None = None, draws: Draws | None = None, rate: float = 1.0) -> None:
+        """λ_i ← (1 − ρ) λ_i + (ρ / s_i) Σ_f s_f ∇_{μ_i} E_q[log f], one block after the other."""
+        for name in self.order if names is None else names:
+            target = self.target(name, draws)
+            self.move(name, target, rate)
+        self._bound = None
+
+    def target(self, name: str, draws: Draws | None) -> Tensor:
+        messages = self.program.messages
+        if messages.sampled_factors(name):
+            assert draws is not None
+            return self.targets.sampled(name, self.beliefs, draws)
+        if messages.is_coupled(name):
+            return self.targets.coupled(name, self.beliefs)
+        return self.targets.exact(name, self.beliefs)
+
+    def move(self, name: str, target: Tensor, rate: float) -> None:
+        block = self.program.blocks[name]
+        if self.program.messages.is_exact(name):
+            check_natural(block, target)
+        elif not bool(torch.isfinite(target).all()):
+            raise ImproperPosteriorError(
+                f"site {' and '.join(map(repr, block.site_names))}: found NaN or infinite messages from draws, expected finite ones. "
+                "Check that the model's log density is finite at the draws of q (init, init_loc_fn), and its gradient too"
+            )
+        self.beliefs.update(name, self.rule.step(block.family, self.beliefs.naturals[name], target, rate))
+
+    # -- one step, as SVI takes it --------------------------------------------------------------------------------------
+
+    def step(self, number: int) -> None:
+        """A full sweep; on a minibatch locals go to their optimum first, and globals move by ρ_t."""
+        draws = None if self.program.is_exact else Draws(fresh_seed(), 32)
+        local = self.program.local_blocks()
+        if not self.program.is_subsampled:
+            exact = [n for n in self.order if self.program.messages.is_exact(n)]
+            if len(exact) == len(self.program.blocks):
+                self.sweep()
+                return
+            rate = 1.0 if number < 5 else self.schedule.rate(number - 4)
+            for name in self.order:
+                self.sweep([name], draws, 1.0 if name in exact else rate)
+            return
+        self.optimise_locals(local, draws)
+        rate = self.schedule.rate(number)
+        for name in self.order:
+            if name not in local:
+                self.sweep([name], draws, rate)
+
+    def optimise_locals(self, local: list[str], draws: Draws | None) -> None:
+        """Local blocks to their optimum given the globals."""
+        previous = -math.inf
+        for _ in range(LOCAL_SWEEPS if len(local) > 1 else 1):
+            self.sweep([name for name in self.order if name in local], draws)
+            if self.beliefs.points:
+                continue
+            bound = self.estimate(draws)[0]
+            if abs(bound - previous) <= 1e-4 * max(1.0, abs(bound)) * 1e-2:
+                break
+            previous = bound
+
+    # -- the bound ------------------------------------------------------------------------------------------------------
+
+    def bound_before(self) -> float:
+        """The ELBO at the present q (with `init` values standing as the narrow start they give)."""
+        if self._bound is None:
+            draws = None if self.program.is_exact else Draws(_isolated_seed(), 32)
+            beliefs = self.beliefs
+            if beliefs.points:
+                self.beliefs = Beliefs(beliefs.blocks, beliefs.naturals)
+            try:
+                self._bound, self.bound_se = self.estimate(draws)
+            finally:
+                self.beliefs = beliefs
+        return self._bound
+
+    @torch.no_grad()
+    def estimate(self, draws: Draws | None) -> tuple[float, float]:
+        """(ELBO, its standard error): exact terms, plus the average of the sampled ones."""
+        messages = self.program.messages
+        exact = [name for name, plan in self.program.plans.items() if plan.exact]
+        silent = self._silent()
+        total = messages.expected_log_prob(exact, self.beliefs.moments)
+        total = total + messages.entropy(self.beliefs.naturals, silent).to(total.device)
+        if len(exact) == len(self.program.plans):
+            return self._finite(float(total)), 0.0
+        assert draws is not None
+        values = self.targets.sampled_bound(self.beliefs, draws)
+        spread = float(values.std() / math.sqrt(values.shape[0])) if values.shape[0] > 1 else 0.0
+        return self._finite(float(total + values.mean())), spread
+
+    def expected_log_joint(self, draws: Draws | None) -> Tensor:
+        """Σ_f s_f E_q[log f], differentiable in the model's parameters."""
+        messages = self.program.messages
+        exact = [name for name, plan in self.program.plans.items() if plan.exact]
+        total = messages.expected_log_prob(exact, self.beliefs.moments)
+        if draws is not None and len(exact) < len(self.program.plans):
+            total = total + self.targets.sampled_bound(self.beliefs, draws).mean()
+        return total
+
+    def _silent(self) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        for name in self.program.blocks:
+            mask = self.program.messages.masked(name)
+            if mask is not None:
+                message = self.targets.exact(name, self.beliefs)
+                same = (message == self.beliefs.naturals[name]).all(-1)
+                result[name] = mask & same
+        return result
+
+    def _finite(self, bound: float) -> float:
+        if math.isfinite(bound):
+            return bound
+        messages = self.program.messages
+        for name, plan in self.program.plans.items():
+            if plan.exact:
+                value = float(messages.expected_log_prob([name], self.beliefs.moments))
+                if not math.isfinite(value):
+                    raise ImproperPosteriorError(
+                        f"factor {name!r}: found an expected log density of {value} under the present q, expected a finite one. "
+                        f"Check its data and arguments, or start elsewhere (init={{site: value}})"
+                    )
+        raise ImproperPosteriorError(
+            f"found an ELBO of {bound} at the draws of q, expected a finite one: some factor's log density is not finite there. "
+            "Start elsewhere (init={site: value}), or check the data"
+        )
+
+
+def _isolated_seed() -> int:
+    """A seed that leaves torch's global generator untouched."""
+    return int(torch.initial_seed() % (2**31 - 1))
+
+

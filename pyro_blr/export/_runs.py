@@ -1,0 +1,262 @@
+"""A model run at many draws of its latents: vectorised where the model allows it, else draw by draw."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyro_blr.graph import generic_value, isolated_random_state, run_model
+
+from ._statements import Statement, log_density
+
+__all__ = ["ModelRuns", "Record"]
+
+CHUNK_ELEMENTS = 2**22
+NUM_COMPARED = 8
+
+
+@dataclass
+class Record:
+    """What a run gave; each tensor begins with a dim of draws, except of a single run.
+
+    `log_probs` are unscaled, one for each element of the statement's batch, NaN where masked; `joint` is the
+    sum of all, masked and scaled, as it stands in the ELBO.  `undefined` names statements with NaN elsewhere.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    log_probs: dict[str, Tensor] = field(default_factory=dict)
+    joint: Tensor = field(default_factory=lambda: torch.zeros(()))
+    undefined: set[str] = field(default_factory=set)
+
+    def kept(self, values: Collection[str], log_probs: Collection[str]) -> Record:
+        """Only the named statements, on the CPU."""
+        return Record(
+            {name: self.values[name].cpu() for name in values},
+            {name: self.log_probs[name].cpu() for name in log_probs},
+            self.joint.cpu(),
+        )
+
+
+def _draw(name: str, distribution: Any) -> Tensor:
+    try:
+        return distribution()
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"site {name!r}: {type(distribution).__name__} cannot be sampled, which "
+            "posterior_predictive and prior ask for; pass posterior_predictive=False and prior=False, or give the site another distribution"
+        ) from error
+
+
+class ModelRuns:
+    """Runs of one model on one set of arguments; subsampled plates keep the indices of the first run."""
+
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        *,
+        subsamples: Mapping[str, Tensor] | None = None,
+        parallel: bool = True,
+    ):
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.subsamples = dict(subsamples or {})
+        self.statements: dict[str, Statement] = {}
+        self._vectorises: dict[bool, bool] = {} if parallel else {False: False, True: False}
+        first = self._trace({}, generate=False, choose=generic_value)
+        for name, node in first.nodes.items():
+            if node["type"] == "sample" and isinstance(node["fn"], _Subsample):
+                self.subsamples.setdefault(name, torch.as_tensor(node["value"]))
+        self.first = self._read(first)
+
+    def names(self, kind: str) -> list[str]:
+        return [statement.name for statement in self.statements.values() if statement.kind == kind]
+
+    def run(
+        self,
+        draws: Mapping[str, Tensor],
+        num: int,
+        values: Collection[str] = (),
+        log_probs: Collection[str] = (),
+        generate: bool = False,
+    ) -> Record:
+        """Values and log densities of the named statements at every draw, on the CPU.
+
+        `generate` draws observed statements from their distributions; latents that `draws` lacks always are.
+        """
+        laid = {name: self.statements[name].select(value, self.subsamples) for name, value in draws.items()}
+        parts = []
+        for start in range(0, num, self._chunk):
+            stop = min(start + self._chunk, num)
+            chunk = {name: value[start:stop] for name, value in laid.items()}
+            part = self._run_chunk(chunk, stop - start, generate)
+            if part.undefined:
+                raise ValueError(
+                    f"statements {sorted(part.undefined)} have log density NaN at draws of the posterior; "
+                    "expected numbers. Look for NaN in the data (mask what is missing), or for overflow in the model"
+                )
+            parts.append(part.kept(values, log_probs))
+        return _join(parts, torch.cat)
+
+    @cached_property
+    def _chunk(self) -> int:
+        held = sum(item.numel() for item in (*self.first.values.values(), *self.first.log_probs.values()))
+        return max(1, CHUNK_ELEMENTS // max(held, 1))
+
+    def _run_chunk(self, draws: Mapping[str, Tensor], num: int, generate: bool) -> Record:
+        if self._vectorises.get(generate, True):
+            record = self._run_vectorised(draws, num, generate)
+            if record is not None:
+                return record
+        return _join([self._single(draws, i, generate) for i in range(num)], torch.stack)
+
+    def _single(self, draws: Mapping[str, Tensor], index: int, generate: bool) -> Record:
+        return self._read(self._trace({name: value[index] for name, value in draws.items()}, generate))
+
+    def _run_vectorised(self, draws: Mapping[str, Tensor], num: int, generate: bool) -> Record | None:
+        """All draws in one run, if that gives what single runs give; None, from then on, if it does not."""
+        try:
+            record = self._read(self._trace(self._lay_out(draws, num), generate, num), num)
+        except Exception:  # the model's own code on unusual shapes: any error means "does not vectorise"
+            record = None
+        if generate not in self._vectorises or record is None:
+            self._vectorises[generate] = record is not None and self._agrees(record, draws, num, generate)
+        return record if self._vectorises[generate] else None
+
+    def _agrees(self, record: Record, draws: Mapping[str, Tensor], num: int, generate: bool) -> bool:
+        """Whether single runs at some of the draws, given all that was drawn, give the same."""
+        given = {**draws, **{n: record.values[n] for n in self.names("latent") if n not in draws}}
+        if generate:
+            given.update({name: record.values[name] for name in self.names("observed")})
+        for i in torch.linspace(0, num - 1, min(num, NUM_COMPARED)).long().tolist():
+            with isolated_random_state(0):
+                single = self._single(given, i, generate)
+            pairs = [(record.log_probs[name][i], single.log_probs[name]) for name in single.log_probs]
+            pairs += [(record.values[name][i], single.values[name]) for name in single.values]
+            if not all(_close(one, other) for one, other in [*pairs, (record.joint[i], single.joint)]):
+                return False
+        return True
+
+    def _trace(
+        self,
+        values: Mapping[str, Tensor],
+        generate: bool,
+        num: int | None = None,
+        choose: Callable[[str, Any], Tensor] = _draw,
+    ) -> poutine.Trace:
+        def model(*args: Any, **kwargs: Any) -> Any:
+            with _Generate(self.names("observed") if generate else ()):
+                if num is None:
+                    return self.model(*args, **kwargs)
+                with pyro.plate("_pyro_blr_draws", num, dim=-self._rank - 1):
+                    return self.model(*args, **kwargs)
+
+        def value_of(name: str, distribution: Any) -> Tensor:
+            return values[name] if name in values else choose(name, distribution)
+
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return run_model(model, self.args, self.kwargs, value_of, self.subsamples)
+
+    @cached_property
+    def _rank(self) -> int:
+        ranks = [len(statement.batch_shape) for statement in self.statements.values()]
+        return max([*ranks, *(-plate.dim for s in self.statements.values() for plate in s.plates)], default=0)
+
+    def _lay_out(self, draws: Mapping[str, Tensor], num: int) -> dict[str, Tensor]:
+        """Values (draws, *batch, *event) with the draws left of all plates."""
+        laid = {}
+        for name, value in draws.items():
+            padding = (1,) * (self._rank - len(self.statements[name].batch_shape))
+            laid[name] = value.reshape(num, *padding, *value.shape[1:])
+        return laid
+
+    def _read(self, trace: poutine.Trace, num: int | None = None) -> Record:
+        """A run's record; statements are entered at their first sight, in a single run."""
+        record = Record()
+        for name, node in trace.nodes.items():
+            if node["type"] != "sample" or isinstance(node["fn"], _Subsample):
+                continue
+            if num is None:
+                self.statements.setdefault(name, Statement.of(name, node))
+            self._enter(record, self.statements[name], node, num)
+        return record
+
+    def _enter(self, record: Record, statement: Statement, node: Mapping[str, Any], num: int | None) -> None:
+        name = statement.name
+        value = node["value"]
+        record.values[name] = value if num is None else _draws_first(value, num, statement.shape)
+        if statement.kind == "derived":
+            return
+        log_prob, mask = log_density(node)
+        if bool((log_prob.isnan() & mask).any()):
+            record.undefined.add(name)
+        contribution = torch.where(mask, log_prob, 0.0) * node["scale"]
+        log_prob = torch.where(mask, log_prob, torch.nan)
+        if num is None:
+            record.joint = record.joint + contribution.sum()
+        else:
+            log_prob = _draws_first(log_prob, num, statement.batch_shape)
+            contribution = _draws_first(contribution, num, statement.batch_shape)
+            record.joint = record.joint + contribution.reshape(num, -1).sum(-1)
+        record.log_probs[name] = log_prob
+
+
+class _Generate(Messenger):
+    """Draws the named statements from their distributions although the model observes them."""
+
+    def __init__(self, names: Iterable[str]):
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+def _draws_first(value: Tensor, num: int, shape: torch.Size) -> Tensor:
+    """(draws, 1, ..., *shape), or `shape` itself where nothing depends on the draw -> (draws, *shape)."""
+    return value.expand(num, *shape) if value.shape == shape else value.reshape(num, *shape)
+
+
+def _join(records: list[Record], join: Callable[[list[Tensor]], Tensor]) -> Record:
+    """Records of successive draws as one."""
+    result = Record(joint=join([record.joint for record in records]))
+    for name in records[0].values:
+        result.values[name] = _joined(name, [record.values.get(name) for record in records], join)
+    for name in records[0].log_probs:
+        result.log_probs[name] = _joined(name, [record.log_probs.get(name) for record in records], join)
+    for record in records:
+        result.undefined |= record.undefined
+    return result
+
+
+def _joined(name: str, parts: list[Tensor | None], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    found = [part for part in parts if part is not None]
+    if len(found) == len(parts):
+        with contextlib.suppress(RuntimeError):
+            return join(found)
+    shapes = sorted({"absent" if part is None else str(tuple(part.shape)) for part in parts})
+    raise ValueError(
+        f"statement {name!r} is {' at one draw and '.join(shapes)} at another; expected one structure at all "
+        "draws, which an array can hold. Use posterior.sample() and run the model on each draw"
+    )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    # The dtypes may differ: a scalar latent takes the dtype of the data it meets, a vectorised one does not.
+    tolerance = 1e-8 if one.dtype == other.dtype == torch.float64 else 1e-3
+    return torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -1,0 +1,134 @@
+"""`to_arviz`: a posterior, or several restarts of one model as chains, in ArviZ's structure."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._arviz import Variable, build
+from ._groups import Fitted, Groups, model_groups, posterior_groups
+from ._runs import ModelRuns
+
+__all__ = ["to_arviz"]
+
+
+def to_arviz(
+    posterior: Fitted | Sequence[Fitted],
+    num_samples: int = 1000,
+    *,
+    posterior_predictive: bool = True,
+    log_likelihood: bool = True,
+    prior: bool = False,
+    coords: Mapping[str, Sequence] | None = None,
+    dims: Mapping[str, Sequence[str | None]] | None = None,
+    model: Callable | None = None,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    parallel: bool = True,
+) -> Any:
+    """`num_samples` independent draws of q, and what the model says at them, in ArviZ's structure.
+
+    That is its `InferenceData` in ArviZ 0.2x, xarray's `DataTree` from 1.0 on.  Groups:
+
+    - `posterior`: the sites, and `pyro.deterministic` and other Delta statements.  After chain and draw come the
+      plates, by name, with the indices of their elements as coordinates, then `{site}_dim_{k}`; `dims` and `coords`
+      override.  Batch axes of size 1 that only pad are left out; a slash in a name becomes a dot.
+    - `posterior_predictive`: the observed statements drawn anew, each given what was drawn before it.
+    - `log_likelihood`, `log_prior`: one value for each element of a statement's batch, unscaled (neither by plates
+      nor by `poutine.scale`).  Elements masked at every draw are left out of `log_likelihood`, which then has one
+      axis `{site}_observed` with their places; elsewhere masked is 0.  `pyro.factor` is in neither.
+    - `prior`, `prior_predictive`: as many draws of the model, if `prior=True`.
+    - `observed_data` (NaN where masked); `constant_data`, the arrays among the model's arguments that are not
+      observed.
+    - `sample_stats`: `lp`, the joint log density scaled as in the ELBO, and `lq`, log q: mean(lp − lq) estimates the
+      ELBO, and `az.loo_approximate_posterior` asks for both.
+    - `variational`: `elbo_trace`, `elbo`, its kind and standard error, `num_steps`, `converged`, `stop_reason`.
+
+    Several posteriors (independent restarts) are chains; draws of one q are one chain, never split.  The model runs
+    as it is given, on `model`, `args` and `kwargs` or else on those of the fit: a subsampled plate keeps one set of
+    indices, drawn once, and what depends on the model has those elements only.  All draws are one run where the
+    model vectorises, which is compared with single runs; else, or with `parallel=False`, it runs draw by draw.
+    Memory grows as num_samples times the number of observed elements.  Draws come from torch's global generator.
+    """
+    posteriors: list[Fitted] = list(posterior) if isinstance(posterior, (list, tuple)) else [posterior]  # type: ignore[list-item]
+    _check(posteriors, num_samples)
+    chains: list[Groups] = []
+    subsamples: dict[str, torch.Tensor] = {}
+    for one in posteriors:
+        with torch.no_grad():
+            draws = one.sample((num_samples,))
+            groups = posterior_groups(one, draws)
+            program = model if model is not None else one.model
+            if program is None:
+                _warn_without_model(prior)
+            else:
+                runs = ModelRuns(
+                    program,
+                    tuple(one.args if args is None else args),
+                    dict(one.kwargs if kwargs is None else kwargs),
+                    subsamples=subsamples,
+                    parallel=parallel,
+                )
+                subsamples = runs.subsamples
+                options = {
+                    "log_likelihood": log_likelihood,
+                    "predictive": posterior_predictive,
+                    "prior": prior,
+                }
+                for group, variables in model_groups(runs, draws, num_samples, **options).items():
+                    groups.setdefault(group, {}).update(variables)
+        chains.append(groups)
+    return build(_as_chains(chains), coords, dims)
+
+
+def _check(posteriors: Sequence[Fitted], num_samples: int) -> None:
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(
+            f"num_samples={num_samples!r}: expected the number of draws, an integer of at least 1"
+        )
+    if not posteriors:
+        raise ValueError("to_arviz was given an empty list: expected a posterior, or several as chains")
+    sites = [sorted(site for block in one.blocks.values() for site in block.site_names) for one in posteriors]
+    for number, names in enumerate(sites):
+        if names != sites[0]:
+            raise ValueError(
+                f"posterior {number} has the sites {names}, posterior 0 has {sites[0]}: chains are restarts of one model. "
+                "Export different models one by one, and compare them with az.compare"
+            )
+
+
+def _warn_without_model(prior: bool) -> None:
+    what = "prior, predictive and log_likelihood" if prior else "predictive and log_likelihood"
+    warnings.warn(
+        f"the posterior has no model (one read from a file has none), so the groups {what} are left out; "
+        "pass model=, args= and kwargs= for them",
+        stacklevel=3,
+    )
+
+
+def _as_chains(chains: Sequence[Groups]) -> Groups:
+    """Variables with a chain axis joined along it; the others are data, the same for all."""
+    return {
+        group: {name: _join(group, name, [chain[group][name] for chain in chains]) for name in variables}
+        for group, variables in chains[0].items()
+    }
+
+
+def _join(group: str, name: str, parts: Sequence[Variable]) -> Variable:
+    first = parts[0]
+    if "chain" not in first.sample:
+        return first
+    arrays = [part.values for part in parts]
+    if "step" in first.sample:  # traces end when their run did
+        longest = max(array.shape[1] for array in arrays)
+        arrays = [np.pad(a, ((0, 0), (0, longest - a.shape[1])), constant_values=np.nan) for a in arrays]
+    if len({array.shape[1:] for array in arrays}) > 1:
+        raise ValueError(
+            f"{group}[{name!r}] has shapes {[array.shape[1:] for array in arrays]} in the chains; expected one: chains "
+            "are restarts of one model on the same arguments"
+        )
+    return Variable(np.concatenate(arrays), first.names, first.labels, first.beside, first.sample)
