@@ -20,7 +20,7 @@ __all__ = [
     "PushedNormal",
     "Reshaped",
     "States",
-    "innermost",
+    "affine_of_exp",
     "is_elementwise",
 ]
 
@@ -116,10 +116,10 @@ class Reshaped(dist.TransformedDistribution):
 class PushedNormal(Pushforward):
     """x = t(u), u Gaussian, with the moments of x.
 
-    exp has closed forms. Other elementwise t: the trapezoidal rule on u = m + s z, whose error falls as
+    a + b exp u has closed forms. Other elementwise t: the trapezoidal rule on u = m + s z, whose error falls as
     exp(−2π²/(s h)) for the logistic function; the spacing h follows s (Gauss–Hermite nodes step over a steep
-    t). A t that mixes elements (simplex, Cholesky factor): 8192 points of a scrambled Sobol
-    sequence, the same every time.
+    t). A t that mixes elements (simplex, Cholesky factor): 8192 points of a scrambled Sobol sequence, the same
+    every time.
     """
 
     @lazy_property
@@ -128,9 +128,11 @@ class PushedNormal(Pushforward):
             draws = self.draws()
             return draws.mean(0), draws.var(0, unbiased=False)
         mean, variance = self.base_dist.mean, self.base_dist.variance
-        if isinstance(innermost(self.transforms), transforms.ExpTransform):
-            level = (mean + 0.5 * variance).exp()
-            return self._shaped(level), self._shaped(level.square() * variance.expm1())
+        exponential = affine_of_exp(self.transforms)
+        if exponential is not None:
+            loc, scale = exponential
+            level = scale * (mean + 0.5 * variance).exp()
+            return self._shaped(loc + level), self._shaped(level.square() * variance.expm1())
         return self._integrate(mean.double(), variance.double().sqrt(), mean.dtype)
 
     @property
@@ -159,9 +161,10 @@ class PushedNormal(Pushforward):
         return self.push(loc + (scale_tril @ z).squeeze(-1))
 
     def _integrate(self, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """E t and Var t, centred, by nodes z of spacing h on [−10, 10]."""
-        spacing = min(0.25, max(0.5 / max(scale.max().item(), 1e-300), 20 / 4096)) if scale.numel() else 0.25
-        last = math.ceil(10 / spacing)
+        """E t and Var t by nodes z of spacing h; the mass of a t like exp is up to 2 s away from 0."""
+        widest = scale.max().item() if scale.numel() else 0.0
+        spacing = min(0.25, max(0.5 / max(widest, 1e-300), 20 / 4096))
+        last = math.ceil((10 + min(2 * widest, 28)) / spacing)
         z = spacing * torch.arange(-last, last + 1, dtype=torch.float64, device=mean.device)
         weights = torch.softmax(-0.5 * z.square(), 0)
         chunk = max(1, 2**20 // max(mean.numel(), 1))
@@ -191,12 +194,22 @@ def _is_elementwise(bijection: Any) -> bool:
     return bijection.domain.event_dim == 0 and bijection.codomain.event_dim == 0
 
 
-def innermost(bijections: list[Any]) -> Any:
-    """The one bijection of a list, below reshapes and IndependentTransform; None where there are several."""
-    rest = [item for item in bijections if not isinstance(item, transforms.ReshapeTransform)]
-    if len(rest) != 1:
+def affine_of_exp(bijections: list[Any]) -> tuple[Any, Any] | None:
+    """(a, b) where t(u) = a + b exp u; None where t is another function."""
+    parts = [part for item in bijections for part in _parts(item)]
+    if not parts or len(parts) > 2 or not isinstance(parts[0], transforms.ExpTransform):
         return None
-    bijection = rest[0]
-    while isinstance(bijection, transforms.IndependentTransform):
-        bijection = bijection.base_transform
-    return innermost(bijection.parts) if isinstance(bijection, transforms.ComposeTransform) else bijection
+    if len(parts) == 1:
+        return 0.0, 1.0
+    affine = parts[1]
+    return (affine.loc, affine.scale) if isinstance(affine, transforms.AffineTransform) else None
+
+
+def _parts(bijection: Any) -> list[Any]:
+    if isinstance(bijection, transforms.ReshapeTransform):
+        return []
+    if isinstance(bijection, transforms.IndependentTransform):
+        return _parts(bijection.base_transform)
+    if isinstance(bijection, transforms.ComposeTransform):
+        return [part for item in bijection.parts for part in _parts(item)]
+    return [bijection]

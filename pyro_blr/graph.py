@@ -75,7 +75,7 @@ class Site:
 
     @property
     def support(self) -> Any:
-        return self.distribution.support
+        return _with_scalar_bounds(self.distribution.support)
 
     @property
     def scale(self) -> float:
@@ -84,6 +84,20 @@ class Site:
         for plate in self.plates:
             scale *= plate.size / max(plate.subsample_size, 1)
         return scale
+
+
+def _with_scalar_bounds(support: Any) -> Any:
+    """The same support, bounds that are equal throughout as numbers: they hold for the other rows of a plate too."""
+    if isinstance(support, constraints.independent):
+        base = _with_scalar_bounds(support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    bounds = dict(vars(support))
+    for name, bound in bounds.items():
+        if isinstance(bound, Tensor) and bound.numel() > 0 and bool((bound == bound.flatten()[0]).all()):
+            bounds[name] = bound.flatten()[0].item()
+    if all(bounds[name] is bound for name, bound in vars(support).items()):
+        return support
+    return type(support)(**bounds)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pyro_blr.families import (
     TransformedNormal,
     Wishart,
     family_of,
+    pushforward_family,
 )
 from pyro_blr.graph import Site, unwrap
 from pyro_blr.marginals import bijection_of, event_shape_of, unconstrain
@@ -93,7 +94,7 @@ def _natural_in_family(block: Block, base: Any, distribution: Any) -> Tensor | N
             return logits[..., 1:] - logits[..., :1]
         return logits[..., :-1] - logits[..., -1:]
     if isinstance(family, TransformedNormal):
-        return family.from_distribution(distribution)
+        return _natural_of_pushforward(block, family, base, distribution)
     own = family_of(base)
     if own == family:
         return family.from_distribution(base)
@@ -105,6 +106,21 @@ def _natural_in_family(block: Block, base: Any, distribution: Any) -> Tensor | N
         mean, variance = (moment.expand(full).reshape(shape) for moment in (base.mean, base.variance))
         return diagonal_natural(family, mean, variance)
     return None
+
+
+def _natural_of_pushforward(block: Block, family: Any, base: Any, distribution: Any) -> Tensor | None:
+    """λ of the family's own pushforward, or of one that a program writes element by element."""
+    try:
+        return family.from_distribution(distribution)
+    except ValueError:
+        element = pushforward_family(base.support, base.event_shape)
+        if not isinstance(element, TransformedNormal) or not isinstance(element.base, Normal):
+            return None
+        moments = element.moments(element.from_distribution(base))
+        full = block.batch_shape + family.unconstrained_shape
+        flat = block.batch_shape + family.base.event_shape
+        mean, variance = (moments[name].expand(full).reshape(flat) for name in ("mean", "variance"))
+        return diagonal_natural(family.base, mean, variance)
 
 
 def diagonal_natural(family: Any, mean: Tensor, variance: Tensor) -> Tensor:

@@ -67,8 +67,9 @@ class Posterior:
         return MappingProxyType(self._naturals)
 
     def _at(self, block: Block) -> Tensor:
-        """λ of a block in the precision of its sites."""
-        return self._naturals[block.name].to(block.dtype)
+        """λ of a block in the precision of its sites; the states of a discrete one have none."""
+        natural = self._naturals[block.name]
+        return natural if block.is_discrete else natural.to(block.dtype)
 
     # ----------------------------------------------------------------------------------------------------
     # Distributions

@@ -7,10 +7,9 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import transforms
 from torch import Tensor
 
-from pyro_blr.distributions import PushedNormal, Reshaped, States, innermost, is_elementwise
+from pyro_blr.distributions import PushedNormal, Reshaped, States, is_elementwise
 from pyro_blr.graph import isolated_random_state
 
 __all__ = ["median", "quantile", "regularised_beta"]
@@ -68,8 +67,6 @@ def _quantile_of_pushforward(distribution: PushedNormal, levels: Tensor) -> Tens
         return _empirical(distribution.draws(), levels)
     base = distribution.base_dist
     increasing, decreasing = (distribution.push(quantile(base, p)) for p in (levels, 1 - levels))
-    if isinstance(innermost(distribution.transforms), transforms.ExpTransform):
-        return increasing
     centre, above = distribution.push(base.mean), distribution.push(base.mean + base.stddev)
     return torch.where(above >= centre, increasing, decreasing)
 
