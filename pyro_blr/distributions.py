@@ -116,10 +116,10 @@ class Reshaped(dist.TransformedDistribution):
 class PushedNormal(Pushforward):
     """x = t(u), u Gaussian, with the moments of x.
 
-    a + b exp u has closed forms. Other elementwise t: the trapezoidal rule on u = m + s z, whose error falls as
-    exp(−2π²/(s h)) for the logistic function; the spacing h follows s (Gauss–Hermite nodes step over a steep
-    t). A t that mixes elements (simplex, Cholesky factor): 8192 points of a scrambled Sobol sequence, the same
-    every time.
+    a + b exp u has closed forms. Other elementwise t: the trapezoidal rule on u = m + s z, whose error falls
+    as exp(−2π²/(s h)) for the logistic function; the spacing h follows s (Gauss–Hermite nodes step over a
+    steep t). A t that mixes elements (simplex, Cholesky factor): 8192 points of a scrambled Sobol sequence,
+    always the same.
     """
 
     @lazy_property

@@ -29,7 +29,7 @@ from pyro_blr.graph import (
     unwrap,
 )
 from pyro_blr.initial import initial_natural
-from pyro_blr.marginals import bijection_of, marginal, member_values, site_distribution
+from pyro_blr.marginals import bijection_of, marginal, member_values, site_distribution, variable_distribution
 from pyro_blr.posterior import Posterior
 from pyro_blr.quantiles import median, quantile
 
@@ -102,7 +102,8 @@ class AutoExponentialFamily(AutoGuide):
         plates = self._create_plates(*args, **kwargs)
         result: dict[str, Tensor] = {}
         for name, block in blocks.items():
-            natural = _rows(block, self.naturals[name].to(block.dtype), plates)
+            natural = _rows(block, self.naturals[name], plates)
+            natural = natural.to(block.dtype) if block.is_discrete else natural
             if len(block.members) == 1:
                 site = block.sites[0]
                 with self._context(site, plates):
@@ -115,7 +116,7 @@ class AutoExponentialFamily(AutoGuide):
         with ExitStack() as stack:
             _enter(stack, block.plates, plates)
             stack.enter_context(_masked(self._joint_mask(block), block.plates, plates))
-            distribution = block.family.to_distribution(natural)
+            distribution = variable_distribution(block, natural)
             leaf = pyro.sample(f"_{block.name}_latent", distribution, infer={"is_auxiliary": True})
         result = {}
         for site, (value, u) in zip(block.sites, member_values(block, leaf).values(), strict=True):
@@ -185,9 +186,8 @@ class AutoExponentialFamily(AutoGuide):
 
     def _marginals(self, args: tuple, kwargs: Mapping[str, Any]) -> Iterable[tuple[Site, Any]]:
         for name, block in self._prepared(args, kwargs).items():
-            natural = self.naturals[name].to(block.dtype)
             for site in block.sites:
-                yield site, marginal(block, site.name, natural)
+                yield site, marginal(block, site.name, self.naturals[name])
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """One draw of every latent site, as the guide samples it."""

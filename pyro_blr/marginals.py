@@ -14,6 +14,8 @@ from torch import Tensor
 from pyro_blr.blocks import Block, Member
 from pyro_blr.distributions import IndexCategorical, InverseGammaWithMoments, PushedNormal, Reshaped, States
 from pyro_blr.families import (
+    Categorical,
+    Dirichlet,
     InverseGamma,
     LogNormal,
     MultivariateNormal,
@@ -33,6 +35,7 @@ __all__ = [
     "member_values",
     "site_distribution",
     "unconstrain",
+    "variable_distribution",
 ]
 
 
@@ -59,7 +62,7 @@ def site_distribution(block: Block, natural: Tensor) -> Any:
     site, family = block.sites[0], block.family
     if len(block.members) > 1:
         raise ValueError(f"block {block.name!r} is joint over {block.site_names}: ask `marginal` for one")
-    distribution = family.to_distribution(natural)
+    distribution = variable_distribution(block, natural)
     if isinstance(family, MultivariateNormal) and not block.elements:
         return _reshaped(distribution, event_shape_of(site))
     if isinstance(distribution, dist.Categorical) and block.states is not None:
@@ -70,6 +73,30 @@ def site_distribution(block: Block, natural: Tensor) -> Any:
         concentration, rate = distribution.concentration, distribution.rate
         distribution = InverseGammaWithMoments(concentration, rate, validate_args=False)
     return distribution.to_event(block.elements)
+
+
+def variable_distribution(block: Block, natural: Tensor) -> Any:
+    """q of the block's own variable in the precision of its sites; matrices are factored in that of λ."""
+    site, family = block.sites[0], block.family
+    dtype = site.dtype if site.dtype.is_floating_point else natural.dtype
+    matrix = len(family.event_shape) > 0 and not isinstance(family, Dirichlet | Categorical)
+    if natural.dtype == dtype or not matrix:
+        return family.to_distribution(natural.to(dtype))
+    distribution = family.to_distribution(natural)
+    if isinstance(family, TransformedNormal):
+        base = _in_precision(distribution.base_dist, dtype)
+        return PushedNormal(base, distribution.transforms, site.support)
+    return _in_precision(distribution, dtype)
+
+
+def _in_precision(distribution: Any, dtype: torch.dtype) -> Any:
+    """The same Gaussian or Wishart with its arguments rounded, not its λ."""
+    if isinstance(distribution, dist.Normal):
+        return dist.Normal(distribution.loc.to(dtype), distribution.scale.to(dtype), validate_args=False)
+    scale_tril = distribution.scale_tril.to(dtype)
+    if isinstance(distribution, dist.MultivariateNormal):
+        return dist.MultivariateNormal(distribution.loc.to(dtype), scale_tril=scale_tril, validate_args=False)
+    return type(distribution)(distribution.df.to(dtype), scale_tril=scale_tril, validate_args=False)
 
 
 def _over_states(states: Tensor, logits: Tensor, support: Any) -> Any:
@@ -109,6 +136,7 @@ def marginal(block: Block, name: str, natural: Tensor) -> Any:
         base: Any = dist.Normal(mean.squeeze(-1), scale, validate_args=False)
     else:
         base = dist.MultivariateNormal(mean, covariance, validate_args=False)
+    base = _in_precision(base, member.site.dtype)
     if bijection is None:
         return _reshaped(base, shape)
     reshape = [] if base.event_shape == shape else [transforms.ReshapeTransform(base.event_shape, shape)]
@@ -144,7 +172,7 @@ def draws_of(block: Block, natural: Tensor, sample_shape: torch.Size) -> dict[st
     """Site -> draws from q, (*sample_shape, *batch, *event)."""
     if len(block.members) == 1:
         return {block.name: site_distribution(block, natural).sample(sample_shape)}
-    leaf = block.family.to_distribution(natural).sample(sample_shape)
+    leaf = variable_distribution(block, natural).sample(sample_shape)
     result = {}
     for member in block.members:
         own = len(member.site.batch_shape) - len(block.batch_shape)
@@ -160,7 +188,7 @@ def log_prob_of(block: Block, natural: Tensor, values: Mapping[str, Tensor]) -> 
         result = distribution.log_prob(values[block.name])
         return sum_rightmost(result, len(distribution.batch_shape))
     leaf = unconstrain(block, values)
-    result = sum_rightmost(block.family.to_distribution(natural).log_prob(leaf), len(block.batch_shape))
+    result = sum_rightmost(variable_distribution(block, natural).log_prob(leaf), len(block.batch_shape))
     for site in block.sites:
         bijection, _ = bijection_of(site)
         if bijection is not None:

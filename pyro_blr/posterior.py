@@ -66,18 +66,13 @@ class Posterior:
         """Block (a site, unless several are joint) -> λ, (*batch, p)."""
         return MappingProxyType(self._naturals)
 
-    def _at(self, block: Block) -> Tensor:
-        """λ of a block in the precision of its sites; the states of a discrete one have none."""
-        natural = self._naturals[block.name]
-        return natural if block.is_discrete else natural.to(block.dtype)
-
     # ----------------------------------------------------------------------------------------------------
     # Distributions
 
     def __getitem__(self, name: str) -> Any:
         block = self._find(name)
         if name not in self._marginals:
-            self._marginals[name] = marginal(block, name, self._at(block))
+            self._marginals[name] = marginal(block, name, self._naturals[block.name])
         return self._marginals[name]
 
     def _find(self, name: str) -> Block:
@@ -130,11 +125,15 @@ class Posterior:
             )
             mean, covariance = mean[index], covariance[index][:, index]
         gaussian = dist.MultivariateNormal(mean, covariance, validate_args=False)
+        dtype = blocks[0].dtype
+        if mean.dtype != dtype:  # factored in the precision of λ, rounded after
+            scale_tril = gaussian.scale_tril.to(dtype)
+            gaussian = dist.MultivariateNormal(mean.to(dtype), scale_tril=scale_tril, validate_args=False)
         return self._pushed(names, gaussian, len(_unique(blocks)) > 1)
 
     def _entries(self, block: Block, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Mean and covariance of some sites of a block, in the order of names."""
-        mean, covariance = gaussian_moments(block, self._at(block))
+        mean, covariance = gaussian_moments(block, self._naturals[block.name])
         if len(block.members) == 1:
             return mean, covariance
         ranges = {m.site.name: torch.arange(m.start, m.stop, device=mean.device) for m in block.members}
@@ -198,7 +197,7 @@ class Posterior:
         shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
         result: dict[str, Tensor] = {}
         for block in self._blocks.values():
-            result.update(draws_of(block, self._at(block), shape))
+            result.update(draws_of(block, self._naturals[block.name], shape))
         return {name: result[name] for name in self._block_of}
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -216,7 +215,7 @@ class Posterior:
             self._check_shape(name, values[name])
         total: Tensor | float = 0.0
         for block in self._blocks.values():
-            total = total + log_prob_of(block, self._at(block), values)
+            total = total + log_prob_of(block, self._naturals[block.name], values)
         return torch.as_tensor(total)
 
     def _check_shape(self, name: str, value: Any) -> None:

@@ -378,9 +378,30 @@ def test_joints_that_are_no_gaussian_are_refused(names: list[str], message: str)
         perturbed(many).joint(names)
 
 
-def test_float32_sites_keep_float32() -> None:
+@every_factorisation
+def test_float32_sites_keep_float32(blocks: Any) -> None:
     torch.set_default_dtype(torch.float32)
-    posterior = perturbed(many)
+    posterior = perturbed(many, blocks)
     naturals = {name: natural.double() for name, natural in posterior.natural.items()}
-    draws: dict[str, Tensor] = Posterior(posterior.blocks, naturals).sample()
+    wide = Posterior(posterior.blocks, naturals)
+    draws: dict[str, Tensor] = wide.sample()
     assert all(value.dtype in (torch.float32, torch.int64) for value in draws.values())
+    torch.testing.assert_close(wide.log_prob(draws).float(), posterior.log_prob(draws), rtol=1e-4, atol=1e-3)
+
+
+def test_an_ill_conditioned_float32_gaussian_is_factored_in_the_precision_of_its_natural_parameters() -> None:
+    torch.set_default_dtype(torch.float32)
+    x = torch.linspace(0, 1, 50, dtype=torch.float64)
+    design = torch.stack([x**k for k in range(6)], -1)
+    precision = design.mT @ design * 1e6 + 1e-3 * torch.eye(6, dtype=torch.float64)
+
+    def model() -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(6), 1.0).to_event(1))
+
+    guide = AutoExponentialFamily(model)
+    guide()
+    exact = dist.MultivariateNormal(torch.zeros(6, dtype=torch.float64), precision_matrix=precision)
+    guide.naturals["w"] = guide.blocks["w"].family.from_distribution(exact)
+    q = guide.get_posterior()["w"]
+    assert q.mean.dtype == torch.float32 and guide()["w"].dtype == torch.float32
+    torch.testing.assert_close(q.stddev.double(), exact.stddev, rtol=1e-3, atol=0)
