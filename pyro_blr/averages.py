@@ -21,6 +21,7 @@ from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, Multivariate
 from pyro_blr.graph import FactorGraph
 from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
+from pyro_blr.maps import compiled
 
 __all__ = ["FactorAverage", "Moments", "mean_leaf"]
 
@@ -51,6 +52,9 @@ class FactorAverage:
         self._bases: dict[tuple[str, str], Tensor] = {}
         self._looped: set[str] = set()
         self._moves: dict[str, bool] = {}
+        self._known: dict[str, Expectation] = {}
+        self._maps: dict[str, Any] = {}
+        self._is_constant = {argument.name: self._has_constant_coefficients(argument) for argument in plan.arguments}
 
     # -- the expectation ----------------------------------------------------------------------------------------------
 
@@ -126,10 +130,36 @@ class FactorAverage:
 
     # -- expectations of the arguments --------------------------------------------------------------------------------
 
+    def _has_constant_coefficients(self, argument: Argument) -> bool:
+        """Whether only data, enumerated states and the argument's own blocks enter, so that its map can be compiled."""
+        tape = self.graph.tape
+        mine = {site for name in (*argument.forms, *self.plan.enumerated) for site in self.blocks[name].site_names}
+        if not tape.latents_of(argument.ref) <= mine:
+            return False
+        return not any(x.requires_grad for x in tape.inputs_of([argument.ref]))
+
     def _expectation(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Expectation:
+        known = self._known.get(argument.name)
+        if known is not None:
+            return known
         if not argument.forms:
             (value,) = self.graph.tape.evaluate([argument.ref], env)
-            return argument.role.of(_as_float(value, env, argument.role))
+            result = argument.role.of(_as_float(value, env, argument.role))
+            if self._is_constant[argument.name]:
+                self._known[argument.name] = result
+            return result
+        if self._is_constant[argument.name]:
+            if argument.name not in self._maps:
+                self._maps[argument.name] = compiled(argument, self._leaf_function(argument, env), self.blocks, moments)
+            found = self._maps[argument.name]
+            if found is not None:
+                return found(moments)
+        return self._by_program(argument, env, moments)
+
+    def _leaf_function(self, argument: Argument, env: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        return lambda leaves: self._at(argument, env, leaves)
+
+    def _by_program(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Expectation:
         if argument.role is Linear:
             return self._linear(argument, env, moments)
         if argument.role is Vector:

@@ -355,6 +355,14 @@ class Tape:
             self._needed[roots] = tuple(sorted(wanted))
         return self._needed[roots]
 
+    def inputs_of(self, outputs: Sequence[Any]) -> list[Tensor]:
+        """The tensors from outside that `outputs` are computed from."""
+        found = {}
+        for index in self.needed(outputs):
+            for item in _inputs_in((self.nodes[index].args, self.nodes[index].kwargs)):
+                found[item.index] = self.inputs[item.index]
+        return [*found.values(), *(output for output in outputs if isinstance(output, Tensor))]
+
     def structure(self, outputs: Sequence[Any]) -> tuple:
         """A hashable description of how `outputs` are computed: everything but the values of the inputs."""
         rows = []
@@ -410,6 +418,19 @@ class Tape:
 def _stable(function: Callable) -> Any:
     """A name for `function` that is the same in the next recording."""
     return (getattr(function, "__module__", None), getattr(function, "__qualname__", None), _function_name(function))
+
+
+def _inputs_in(tree: Any) -> Iterator[Input]:
+    if isinstance(tree, Input):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _inputs_in(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from _inputs_in(item)
+    elif isinstance(tree, slice):
+        yield from _inputs_in((tree.start, tree.stop, tree.step))
 
 
 def refs_in(tree: Any) -> Iterator[Ref]:
