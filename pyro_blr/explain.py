@@ -136,16 +136,25 @@ class Explanation:
         return f"{exact} of {total} messages are exact."
 
     def _rows(self) -> Iterator[_Row]:
+        """The table; a rewrite is spelled out where it is first said."""
+        said: set[str] = set()
+        for row, remedy in self._cells():
+            arrow = ["-> as above" if remedy in said else f"-> {remedy}"] if remedy else []
+            said.add(remedy)
+            yield row._replace(why="\n".join([*([row.why] if row.why else []), *arrow]))
+
+    def _cells(self) -> Iterator[tuple[_Row, str]]:
         for name, block in self._sites().items():
             verdicts, family = self[name], _family(block, name)
             if len({_said(verdict) for verdict in verdicts}) == 1:
-                yield _Row(name, family, _yes_or_no(verdicts), verdicts[0].how, _why(verdicts[0]))
+                one = verdicts[0]
+                yield _Row(name, family, _yes_or_no(verdicts), one.how, one.reason), one.remedy
                 continue
-            yield _Row(name, family, _yes_or_no(verdicts), "by factor:" if verdicts else "", "")
-            for verdict in verdicts:
-                yield _Row(f"  {verdict.factor}", "", _yes_or_no([verdict]), verdict.how, _why(verdict))
+            yield _Row(name, family, _yes_or_no(verdicts), "by factor:" if verdicts else "", ""), ""
+            for one in verdicts:
+                yield _Row(f"  {one.factor}", "", _yes_or_no([one]), one.how, one.reason), one.remedy
         for name, reason in self.ordinary.items():
-            yield _Row(name, "", "no", "ordinary gradient", reason)
+            yield _Row(name, "", "no", "ordinary gradient", reason), ""
 
     def _table(self) -> list[str]:
         rows = list(self._rows())
@@ -182,12 +191,6 @@ def _yes_or_no(verdicts: Sequence[Verdict]) -> str:
 
 def _said(verdict: Verdict) -> tuple[bool, str, str, str]:
     return verdict.exact, verdict.how, verdict.reason, verdict.remedy
-
-
-def _why(verdict: Verdict) -> str:
-    """The reason, and below it the rewrite."""
-    rewrite = f"-> {verdict.remedy}" if verdict.remedy else ""
-    return "\n".join(line for line in (verdict.reason, rewrite) if line)
 
 
 def _lines_to_html(cell: str) -> str:

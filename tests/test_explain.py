@@ -97,6 +97,12 @@ def test_what_is_not_a_message_is_said_below(blocks: dict[str, Block]) -> None:
     assert "ordinary gradient" in text
 
 
+def test_a_rewrite_is_spelled_out_once(blocks: dict[str, Block]) -> None:
+    reasons = [verdict(factor, "tau", "Monte Carlo", f"{factor}: no", REMEDY) for factor in ("tau", "y", "z")]
+    text = str(Explanation(reasons, blocks, bound_kind="exact bound"))
+    assert text.count("-> Gamma on the precision") == 1 and text.count("-> as above") == 2
+
+
 @pytest.mark.parametrize("width", [100, 120])
 def test_long_names_wrap(blocks: dict[str, Block], width: int) -> None:
     told = Explanation(

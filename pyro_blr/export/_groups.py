@@ -101,14 +101,14 @@ def _check_sites(draws: Mapping[str, Tensor], latent: Sequence[str]) -> None:
     foreign = sorted(set(draws) - set(latent))
     if foreign:
         raise ValueError(
-            f"the posterior has sites {foreign}, which the model does not have; it has {sorted(latent)}. "
-            "Export with the model that was fitted, and arguments of the same structure"
+            f"the posterior has sites {foreign}, which the model does not have; it has "
+            f"{sorted(latent)}. Export with the model that was fitted, and arguments of the same structure"
         )
     lacking = sorted(set(latent) - set(draws))
     if lacking:
         warnings.warn(
-            f"the posterior has no sites {lacking} of the model: they are drawn from their distributions in the "
-            "model, and log_likelihood is conditional on these draws",
+            f"the posterior has no sites {lacking} of the model: they are drawn from their distributions in "
+            "the model, and log_likelihood is conditional on these draws",
             stacklevel=4,
         )
 

@@ -53,12 +53,16 @@ def _draw(name: str, distribution: Any) -> Tensor:
     except NotImplementedError as error:
         raise NotImplementedError(
             f"site {name!r}: {type(distribution).__name__} cannot be sampled, which "
-            "posterior_predictive and prior ask for; pass posterior_predictive=False and prior=False, or give the site another distribution"
+            "posterior_predictive and prior ask for; pass posterior_predictive=False and prior=False, or "
+            "give the site another distribution"
         ) from error
 
 
 class ModelRuns:
-    """Runs of one model on one set of arguments; subsampled plates keep the indices of the first run."""
+    """Runs of one model on one set of arguments.
+
+    Subsampled plates keep the indices in `subsamples`, where the first run enters those that it draws.
+    """
 
     def __init__(
         self,
@@ -66,11 +70,11 @@ class ModelRuns:
         args: tuple,
         kwargs: Mapping[str, Any],
         *,
-        subsamples: Mapping[str, Tensor] | None = None,
+        subsamples: dict[str, Tensor] | None = None,
         parallel: bool = True,
     ):
         self.model, self.args, self.kwargs = model, args, kwargs
-        self.subsamples = dict(subsamples or {})
+        self.subsamples = {} if subsamples is None else subsamples
         self.statements: dict[str, Statement] = {}
         self._vectorises: dict[bool, bool] = {} if parallel else {False: False, True: False}
         first = self._trace({}, generate=False, choose=generic_value)
@@ -103,7 +107,7 @@ class ModelRuns:
             if part.undefined:
                 raise ValueError(
                     f"statements {sorted(part.undefined)} have log density NaN at draws of the posterior; "
-                    "expected numbers. Look for NaN in the data (mask what is missing), or for overflow in the model"
+                    "expected numbers. Look for NaN in the data (mask what is missing) or overflow"
                 )
             parts.append(part.kept(values, log_probs))
         return _join(parts, torch.cat)

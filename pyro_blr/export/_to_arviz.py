@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ._arviz import Variable, build
 from ._groups import Fitted, Groups, model_groups, posterior_groups
@@ -34,55 +35,60 @@ def to_arviz(
 
     That is its `InferenceData` in ArviZ 0.2x, xarray's `DataTree` from 1.0 on.  Groups:
 
-    - `posterior`: the sites, and `pyro.deterministic` and other Delta statements.  After chain and draw come the
-      plates, by name, with the indices of their elements as coordinates, then `{site}_dim_{k}`; `dims` and `coords`
-      override.  Batch axes of size 1 that only pad are left out; a slash in a name becomes a dot.
+    - `posterior`: the sites, and `pyro.deterministic` statements.  After chain and draw come the plates, by
+      name, with the indices of their elements, then `{site}_dim_{k}`; `dims` and `coords` override.  Batch
+      axes of size 1 that only pad are left out; a slash in a name becomes a dot.
     - `posterior_predictive`: the observed statements drawn anew, each given what was drawn before it.
-    - `log_likelihood`, `log_prior`: one value for each element of a statement's batch, unscaled (neither by plates
-      nor by `poutine.scale`).  Elements masked at every draw are left out of `log_likelihood`, which then has one
-      axis `{site}_observed` with their places; elsewhere masked is 0.  `pyro.factor` is in neither.
+    - `log_likelihood`, `log_prior`: one value for each element of a statement's batch, scaled neither by
+      plates nor by `poutine.scale`.  Elements masked at every draw are left out of `log_likelihood`, which
+      then has one axis `{site}_observed` with the places of the others; elsewhere masked is 0.
+      `pyro.factor` is in neither.
     - `prior`, `prior_predictive`: as many draws of the model, if `prior=True`.
-    - `observed_data` (NaN where masked); `constant_data`, the arrays among the model's arguments that are not
-      observed.
-    - `sample_stats`: `lp`, the joint log density scaled as in the ELBO, and `lq`, log q: mean(lp − lq) estimates the
-      ELBO, and `az.loo_approximate_posterior` asks for both.
-    - `variational`: `elbo_trace`, `elbo`, its kind and standard error, `num_steps`, `converged`, `stop_reason`.
+    - `observed_data` (NaN where masked); `constant_data`, the other arrays among the model's arguments.
+    - `sample_stats`: `lp`, the joint log density scaled as in the ELBO, and `lq`, log q; mean(lp - lq)
+      estimates the ELBO, and `az.loo_approximate_posterior` asks for both.
+    - `variational`: `elbo_trace`, `elbo`, its kind and error, `num_steps`, `converged`, `stop_reason`.
 
-    Several posteriors (independent restarts) are chains; draws of one q are one chain, never split.  The model runs
-    as it is given, on `model`, `args` and `kwargs` or else on those of the fit: a subsampled plate keeps one set of
-    indices, drawn once, and what depends on the model has those elements only.  All draws are one run where the
-    model vectorises, which is compared with single runs; else, or with `parallel=False`, it runs draw by draw.
-    Memory grows as num_samples times the number of observed elements.  Draws come from torch's global generator.
+    Several posteriors (independent restarts) are chains; draws of one q are one chain, never split.  The
+    model runs as it is given, on `model`, `args` and `kwargs` or else on those of the fit: a subsampled
+    plate keeps one set of indices, drawn once.  All draws are one run where the model vectorises, which is
+    compared with single runs; else, or with `parallel=False`, they are one run each.
     """
-    posteriors: list[Fitted] = list(posterior) if isinstance(posterior, (list, tuple)) else [posterior]  # type: ignore[list-item]
+    posteriors = list(posterior) if isinstance(posterior, Sequence) else [posterior]
     _check(posteriors, num_samples)
     chains: list[Groups] = []
-    subsamples: dict[str, torch.Tensor] = {}
+    subsamples: dict[str, Tensor] = {}  # shared, so that chains speak of the same elements
+    wanted = {"log_likelihood": log_likelihood, "predictive": posterior_predictive, "prior": prior}
     for one in posteriors:
-        with torch.no_grad():
-            draws = one.sample((num_samples,))
-            groups = posterior_groups(one, draws)
-            program = model if model is not None else one.model
-            if program is None:
-                _warn_without_model(prior)
-            else:
-                runs = ModelRuns(
-                    program,
-                    tuple(one.args if args is None else args),
-                    dict(one.kwargs if kwargs is None else kwargs),
-                    subsamples=subsamples,
-                    parallel=parallel,
-                )
-                subsamples = runs.subsamples
-                options = {
-                    "log_likelihood": log_likelihood,
-                    "predictive": posterior_predictive,
-                    "prior": prior,
-                }
-                for group, variables in model_groups(runs, draws, num_samples, **options).items():
-                    groups.setdefault(group, {}).update(variables)
-        chains.append(groups)
+        arguments = tuple(one.args if args is None else args), dict(one.kwargs if kwargs is None else kwargs)
+        chains.append(_chain(one, num_samples, model or one.model, arguments, subsamples, parallel, wanted))
     return build(_as_chains(chains), coords, dims)
+
+
+def _chain(
+    posterior: Fitted,
+    num: int,
+    model: Callable | None,
+    arguments: tuple[tuple, dict[str, Any]],
+    subsamples: dict[str, Tensor],
+    parallel: bool,
+    wanted: Mapping[str, bool],
+) -> Groups:
+    """The groups of one posterior."""
+    with torch.no_grad():
+        draws = posterior.sample((num,))
+        groups = posterior_groups(posterior, draws)
+        if model is None:
+            warnings.warn(
+                "the posterior has no model (one read from a file has none): all that needs it is left out; "
+                "pass model=, args= and kwargs=",
+                stacklevel=3,
+            )
+            return groups
+        runs = ModelRuns(model, *arguments, subsamples=subsamples, parallel=parallel)
+        for group, variables in model_groups(runs, draws, num, **wanted).items():
+            groups.setdefault(group, {}).update(variables)
+    return groups
 
 
 def _check(posteriors: Sequence[Fitted], num_samples: int) -> None:
@@ -96,18 +102,9 @@ def _check(posteriors: Sequence[Fitted], num_samples: int) -> None:
     for number, names in enumerate(sites):
         if names != sites[0]:
             raise ValueError(
-                f"posterior {number} has the sites {names}, posterior 0 has {sites[0]}: chains are restarts of one model. "
-                "Export different models one by one, and compare them with az.compare"
+                f"posterior {number} has the sites {names}, posterior 0 has {sites[0]}: chains are restarts "
+                "of one model. Export different models one by one, and compare them with az.compare"
             )
-
-
-def _warn_without_model(prior: bool) -> None:
-    what = "prior, predictive and log_likelihood" if prior else "predictive and log_likelihood"
-    warnings.warn(
-        f"the posterior has no model (one read from a file has none), so the groups {what} are left out; "
-        "pass model=, args= and kwargs= for them",
-        stacklevel=3,
-    )
 
 
 def _as_chains(chains: Sequence[Groups]) -> Groups:
@@ -128,7 +125,7 @@ def _join(group: str, name: str, parts: Sequence[Variable]) -> Variable:
         arrays = [np.pad(a, ((0, 0), (0, longest - a.shape[1])), constant_values=np.nan) for a in arrays]
     if len({array.shape[1:] for array in arrays}) > 1:
         raise ValueError(
-            f"{group}[{name!r}] has shapes {[array.shape[1:] for array in arrays]} in the chains; expected one: chains "
-            "are restarts of one model on the same arguments"
+            f"{group}[{name!r}] has shapes {[array.shape[1:] for array in arrays]} in the chains; "
+            "expected one: chains are restarts of one model on the same arguments"
         )
     return Variable(np.concatenate(arrays), first.names, first.labels, first.beside, first.sample)
