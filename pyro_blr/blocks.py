@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro.distributions as dist
@@ -40,14 +40,14 @@ class Member:
         assert self.family is not None
         inner = self.site.batch_shape[len(batch) :]
         event = self.family.base.event_shape if isinstance(self.family, TransformedNormal) else self.family.event_shape
-        return part.reshape(*part.shape[:-1], *inner, *event)
+        return part.reshape((*part.shape[:-1], *inner, *event))
 
     def constrain(self, part: Tensor, batch: torch.Size) -> Tensor:
         """The site's value from its entries of a joint block's variable."""
         value = self._unconstrained(part, batch)
         if isinstance(self.family, TransformedNormal):
             value = self.family.constrain(value)
-        return value.reshape(*part.shape[: part.dim() - 1 - len(batch)], *self.site.shape)
+        return value.reshape((*part.shape[: part.dim() - 1 - len(batch)], *self.site.shape))
 
     def log_jacobian(self, part: Tensor, batch: torch.Size) -> Tensor | None:
         if not isinstance(self.family, TransformedNormal):
@@ -70,7 +70,7 @@ class Block:
     plates: tuple[Plate, ...]
     batch_shape: torch.Size
     elements: int = 0
-    states: Tensor | None = None
+    states: Tensor | None = field(default=None, compare=False)
 
     @property
     def sites(self) -> tuple[Site, ...]:

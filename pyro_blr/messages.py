@@ -84,7 +84,7 @@ class Messages:
             gradients: tuple = (None,) * len(leaves)
             if total.requires_grad:
                 gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        found = {key: g for key, g in zip(leaves, gradients, strict=True) if g is not None}
+        found = {key: g.to(natural.dtype) for key, g in zip(leaves, gradients, strict=True) if g is not None}
         with torch.no_grad():
             return self.blocks[block].family.message(natural, found)
 
