@@ -21,7 +21,9 @@ from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, Multivariate
 from pyro_blr.graph import FactorGraph
 from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
+from pyro_blr.likelihoods import Normal as NormalLikelihood
 from pyro_blr.maps import compiled
+from pyro_blr.summaries import QuadraticSummary, summarise
 
 __all__ = ["FactorAverage", "Moments", "mean_leaf"]
 
@@ -30,6 +32,8 @@ _MOVES = frozenset(
     "transpose movedim moveaxis swapaxes swapdims t T mT contiguous clone identity index_select gather take_along_dim unbind "
     "chunk split flip roll stack cat".split()
 )
+
+_UNKNOWN: Any = object()
 
 Moments = Mapping[str, Mapping[str, Tensor]]
 
@@ -53,6 +57,7 @@ class FactorAverage:
         self._looped: set[str] = set()
         self._moves: dict[str, bool] = {}
         self._known: dict[str, Expectation] = {}
+        self._summary: Any = _UNKNOWN
         self._maps: dict[str, Any] = {}
         self._is_constant = {argument.name: self._has_constant_coefficients(argument) for argument in plan.arguments}
 
@@ -60,6 +65,10 @@ class FactorAverage:
 
     def total(self, moments: Moments, samples: Mapping[str, Tensor]) -> Tensor:
         """s_f E_q[log f], masked, weighted by the probabilities of enumerated states, summed in float64."""
+        if self._summary is _UNKNOWN:
+            self._summary = self._summarised(moments)
+        if self._summary is not None:
+            return self._summary(moments)
         weighted = self.elementwise(moments, samples)
         for i, name in enumerate(self.plan.enumerated):
             weighted = weighted * self._state_probabilities(moments[name]["probs"], i)
@@ -82,6 +91,32 @@ class FactorAverage:
             weights = torch.ones(constructed.batch_shape, dtype=_float_dtype(arguments), device=_device(arguments))
         result = self.plan.likelihood.expected_log_prob(arguments, constructed.reinterpreted, weights)
         return self._scaled(result, mask, scale)
+
+    def _summarised(self, moments: Moments) -> QuadraticSummary | None:
+        """The factor as sums over its data, where its coefficients are constant and it is large enough for that to pay."""
+        plan, constructed = self.plan, self.plan.factor.constructed
+        if not isinstance(plan.likelihood, NormalLikelihood) or plan.sampled or plan.enumerated or constructed is None:
+            return None
+        if not plan.analytic or not all(self._is_constant.values()):
+            return None
+        if any(isinstance(item, Ref) for item in (plan.factor.mask, plan.factor.scale, constructed.mask)):
+            return None
+        if constructed.mask is not None or (plan.factor.mask is not None and constructed.reinterpreted):
+            return None
+        env = self._environment(moments, {})
+        parts = {argument.name: argument for argument in plan.arguments}
+        if parts["value"].forms:
+            return None
+        self._expectation(parts["loc"], env, moments), self._expectation(parts["precision"], env, moments)
+        precision = self._maps.get("precision", self._known.get("precision"))
+        weights = torch.as_tensor(plan.factor.scale)
+        if plan.factor.mask is not None:
+            weights = weights * torch.as_tensor(plan.factor.mask).to(weights)
+        shape = constructed.batch_shape
+        found = summarise(self._expectation(parts["value"], env, moments), self._maps.get("loc"), precision, shape, weights)
+        if found is not None:
+            self._maps["loc"] = None  # its columns are no longer needed
+        return found
 
     def _value_covers_event(self, constructed: Any) -> bool:
         value = self.graph.values.get(self.plan.factor.name, self.plan.factor.value)

@@ -70,6 +70,7 @@ class BLRInference:
         self._parameters = ParameterUpdate(model, optim)
         self._points: dict[str, dict[str, Tensor]] = {}
         self._last: list[str] = []
+        self._seen: Program | None = None
         self._ready = False
         self._num_steps = 0
         self._history: list[float] = []
@@ -178,8 +179,9 @@ class BLRInference:
         self._call = (args, dict(kwargs))
         if not self._ready:
             self._start(program, 0)
-        elif self.guide.blocks != program.blocks:
+        elif program is not self._seen:
             self._adapt(program)
+        self._seen = program
         return program
 
     def _start(self, program: Program, restart: int) -> None:

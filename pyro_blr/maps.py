@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pyro_blr.blocks import Block
 from pyro_blr.conjugacy import Argument
-from pyro_blr.families import InverseGamma
+from pyro_blr.families import InverseGamma, Wishart
 from pyro_blr.kinds import Form
-from pyro_blr.likelihoods import Expectation, Linear, Positive, Probability, Simplex
+from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 
-__all__ = ["AffineMap", "Columns", "Gather", "compiled"]
+__all__ = ["AffineMap", "Columns", "Gather", "Monomial", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,16 @@ class Gather:
     """
 
     shape: torch.Size
+    source: int
     index: Tensor | None = None
     rows: Tensor | None = None
+
+    def rows_as_entries(self) -> Tensor | None:
+        """The same gather by entries; None for a reshape."""
+        if self.rows is None:
+            return None
+        width = self.shape[-1]
+        return (self.rows[:, None] * width + torch.arange(width, device=self.rows.device)).flatten()
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.rows is not None:
@@ -49,14 +57,16 @@ def gather_of(numbers: Tensor, source_shape: torch.Size) -> Gather | None:
         return None
     index = index.long()
     flat = index.flatten()
+    if size == 1:
+        return Gather(torch.Size([1] * index.dim()), 1)  # one entry for every output: left to broadcasting
     if flat.numel() == size and bool((flat == torch.arange(size, device=flat.device)).all()):
-        return Gather(index.shape)
+        return Gather(index.shape, size)
     width = source_shape[-1] if source_shape else 1
     if width > 1 and index.dim() > 0 and index.shape[-1] == width:
         first = index[..., :1]
         if bool((first % width == 0).all()) and bool((index == first + torch.arange(width, device=index.device)).all()):
-            return Gather(index.shape, rows=(first // width).flatten())
-    return Gather(index.shape, index=flat)
+            return Gather(index.shape, size, rows=(first // width).flatten())
+    return Gather(index.shape, size, index=flat)
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,10 @@ def compiled(
             return _probability(name, form, function, mine["log"])
         if argument.role is Simplex:
             return _simplex(name, function, mine["log"])
+        if argument.role is Vector and "covariance" in mine and len(blocks[name].members) == 1:
+            return _vector(name, function, mine["mean"])
+        if argument.role is Matrix and isinstance(blocks[name].family, Wishart):
+            return _matrix(name, function, mine["mean"])
     except (RuntimeError, IndexError):  # the program objects to float64 leaves: it is run as it stands
         return None
     return None
@@ -123,17 +137,39 @@ def _positive(name: str, function: LeafFunction, mine: Mapping[str, Tensor], inv
     gather = gather_of((ratio.reciprocal() if inverse else ratio) - 1, like.shape)
     if gather is None:
         return None
-    c = coefficient.to(like.dtype)
     unit = bool((coefficient == 1).all())
-    log_c = coefficient.log().to(like.dtype)
+    c = coefficient.to(like.dtype)
+    return Monomial(name, c, None if unit else coefficient.log().to(like.dtype), gather, inverse)
 
-    def expectation(moments: Moments) -> Expectation:
-        m = moments[name]
-        mean = gather(m["inverse"] if inverse else m["mean"])
-        log = gather(-m["log"] if inverse else m["log"])
-        return Positive(mean, log) if unit else Positive(c * mean, log_c + log)
 
-    return expectation
+@dataclass(frozen=True)
+class Monomial:
+    """c x_i, or c / x_i for an InverseGamma site, elementwise; `log_coefficient` is None where c is one."""
+
+    name: str
+    coefficient: Tensor
+    log_coefficient: Tensor | None
+    gather: Gather
+    inverse: bool
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether one entry of the site serves every output."""
+        return self.gather.shape.numel() == 1
+
+    def __call__(self, moments: Moments) -> Positive:
+        mine = moments[self.name]
+        mean = self.gather(mine["inverse"] if self.inverse else mine["mean"])
+        log = self.gather(-mine["log"] if self.inverse else mine["log"])
+        if self.log_coefficient is None:
+            return Positive(mean, log)
+        return Positive(self.coefficient * mean, self.log_coefficient + log)
+
+    def scalar(self, moments: Moments) -> Positive:
+        """The site's own expectations, without the coefficient."""
+        mine = moments[self.name]
+        mean = self.gather(mine["inverse"] if self.inverse else mine["mean"]).reshape(())
+        return Positive(mean, self.gather(-mine["log"] if self.inverse else mine["log"]).reshape(()))
 
 
 def _probability(name: str, form: Form, function: LeafFunction, like: Tensor) -> Any:
@@ -156,16 +192,64 @@ def _simplex(name: str, function: LeafFunction, like: Tensor) -> Any:
     return None if gather is None else lambda moments: Simplex(gather(moments[name]["log"]))
 
 
+def _vector(name: str, function: LeafFunction, like: Tensor) -> Any:
+    """Whole vectors of the site, each output one of them."""
+    gather = gather_of(function({name: _numbered(like)}) - 1, like.shape)
+    offset = function({name: torch.zeros_like(like, dtype=torch.float64)})
+    if gather is None or gather.index is not None or bool((offset != 0).any()):
+        return None
+    d = like.shape[-1]
+    if gather.shape.numel() > 0 and gather.rows is None and gather.shape[-1:] != like.shape[-1:]:
+        return None
+
+    def expectation(moments: Moments) -> Expectation:
+        covariance = moments[name]["covariance"].reshape(-1, d * d)
+        if gather.rows is not None:
+            covariance = covariance.index_select(0, gather.rows)
+        return Vector(gather(moments[name]["mean"]), covariance.reshape(*gather.shape, d))
+
+    return expectation
+
+
+def _matrix(name: str, function: LeafFunction, like: Tensor) -> Any:
+    """A positive constant times whole matrices of the site, each output one of them."""
+    d = like.shape[-1]
+    batch = like.shape[:-2]
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(d, d, generator=generator, dtype=torch.float64).to(like.device)
+    pattern = root @ root.mT + torch.eye(d, dtype=torch.float64, device=like.device)
+    numbers = _numbered(like[..., 0, 0]) if batch else torch.ones((), dtype=torch.float64, device=like.device)
+    value = function({name: numbers[..., None, None] * pattern})
+    first = function({name: torch.ones_like(numbers)[..., None, None] * pattern})
+    scale = first[..., 0, 0] / pattern[0, 0]
+    if not bool(torch.allclose(first, scale[..., None, None] * pattern, rtol=1e-6)):
+        return None
+    gather = gather_of(value[..., 0, 0] / first[..., 0, 0] - 1, torch.Size(batch))
+    if gather is None:
+        return None
+    index = gather.index if gather.index is not None else gather.rows_as_entries()
+    unit = bool((scale == 1).all())
+    c, log_c = scale.to(like.dtype)[..., None, None], (d * scale.log()).to(like.dtype)
+
+    def expectation(moments: Moments) -> Expectation:
+        mean = moments[name]["mean"].reshape(-1, d * d)
+        mean = (mean if index is None else mean.index_select(0, index)).reshape(*gather.shape, d, d)
+        logdet = gather(moments[name]["logdet"])
+        return Matrix(mean, logdet) if unit else Matrix(c * mean, log_c + logdet)
+
+    return expectation
+
+
 @dataclass(frozen=True)
 class AffineMap:
     """b + Σ over blocks of a gather with coefficients, or of columns."""
 
-    offset: Tensor
+    offset: Tensor | None
     gathers: Mapping[str, tuple[Tensor | None, Tensor | None, Gather]]
     columns: Mapping[str, Columns]
 
     def __call__(self, moments: Moments) -> Linear:
-        mean: Tensor | None = self.offset if self.offset is not None else None
+        mean = self.offset
         variance = None
         for name, (coefficient, square, gather) in self.gathers.items():
             m, v = gather(moments[name]["mean"]), gather(_diagonal(moments[name]))
@@ -180,6 +264,15 @@ class AffineMap:
             variance = v if variance is None else variance + v
         assert mean is not None
         return Linear(mean, variance)
+
+    def global_columns(self) -> dict[str, Tensor] | None:
+        """Block -> columns (L, *out), where every block enters whole; None where one is gathered by rows."""
+        result = {name: columns.columns for name, columns in self.columns.items()}
+        for name, (coefficient, _, gather) in self.gathers.items():
+            if gather.index is not None or gather.rows is not None or gather.source != 1:
+                return None
+            result[name] = torch.ones(1, *gather.shape) if coefficient is None else coefficient.unsqueeze(0)
+        return result
 
 
 def _diagonal(moments: Mapping[str, Tensor]) -> Tensor:
