@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_blr import storage
 from pyro_blr.blocks import Block, is_gaussian
 from pyro_blr.distributions import PushedNormal
+from pyro_blr.export import to_arviz
 from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.marginals import bijection_of, draws_of, gaussian_moments, log_prob_of, marginal
 
@@ -230,6 +231,8 @@ class Posterior:
 
     # ----------------------------------------------------------------------------------------------------
     # Files and print
+
+    to_arviz = to_arviz
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes λ, the bound and its history, and all that rebuilding q takes, to one .safetensors file."""

@@ -512,6 +512,11 @@ def test_a_loaded_posterior_exports_what_it_knows(tmp_path: Path) -> None:
     assert group(full, "log_likelihood")["y"].shape == (1, 10, 8)
 
 
+def test_it_is_a_method_of_the_posterior() -> None:
+    data = exact_mean().to_arviz(7, prior=True)
+    assert group(data, "posterior")["mu"].shape == (1, 7) and "prior" in groups(data)
+
+
 def test_groups_can_be_left_out() -> None:
     data = to_arviz(exact_mean(), 5, log_likelihood=False, posterior_predictive=False)
     assert not {"log_likelihood", "posterior_predictive", "prior"} & groups(data)
