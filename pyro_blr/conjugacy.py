@@ -185,13 +185,9 @@ class _Judge:
         tape = self.graph.tape
         names = list(constructed.arguments)
         refs = [factor.value, *(constructed.arguments[name] for name in names)]
-        values = tape.evaluate(refs, self.graph.values)
         tape.closed = False
         try:
-            wrapped = [
-                Recorded.wrap(value, tape, ref.index) if isinstance(ref, Ref) else ref
-                for ref, value in zip(refs, values, strict=True)
-            ]
+            wrapped = [Recorded.wrap(tape.values[ref.index], tape, ref.index) if isinstance(ref, Ref) else ref for ref in refs]
             with Recording(tape):
                 value = self._safe_value(factor, wrapped[0])
                 canonical = likelihood.canonical(value, dict(zip(names, wrapped[1:], strict=True)))
@@ -293,7 +289,7 @@ class _Judge:
         others = [kind for kind in kinds if _allowed(argument.role, block, kind) is None]
         if others:
             return others[0]
-        return Kind(Form.AFFINE) if is_jointly_affine(self.graph, argument.ref, block) else None
+        return Kind(Form.AFFINE) if is_jointly_affine(self.probe, argument.ref, block) else None
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
@@ -366,7 +362,8 @@ def _combine_shared(canonical: dict[str, Any], likelihood: Likelihood, blocks_of
     if "value" in canonical and "loc" in canonical and likelihood.roles["value"] in (Linear, Vector):
         if blocks_of(canonical["value"]) & blocks_of(canonical["loc"]):
             difference = canonical["loc"] - canonical["value"]
-            return {**canonical, "loc": difference, "value": torch.zeros_like(difference)}
+            zero = torch.zeros(tuple(difference.shape), dtype=difference.dtype, device=difference.device)  # no recorded operand
+            return {**canonical, "loc": difference, "value": zero}
     return canonical
 
 
@@ -506,9 +503,8 @@ def _scaled_matrix_form(probe: Probe, ref: Any, block: Block) -> Form | None:
     return Form.MATRIX
 
 
-def is_jointly_affine(graph: FactorGraph, ref: Any, block: Block) -> bool:
+def is_jointly_affine(probe: Probe, ref: Any, block: Block) -> bool:
     """Whether an expression affine in each site of a block is so in all together (no products of two of them)."""
-    probe = Probe(graph, {block.name: block})
     return _affine(probe, ref, block, probe.point(block), probe.point(block))
 
 
