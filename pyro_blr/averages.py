@@ -18,7 +18,7 @@ from pyro_blr.blocks import Block
 from pyro_blr.conjugacy import Argument, FactorPlan
 from pyro_blr.expressions import Latent, Ref
 from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, MultivariateNormal, Normal, Wishart
-from pyro_blr.graph import FactorGraph
+from pyro_blr.graph import FactorGraph, broadcast_shape
 from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.likelihoods import Normal as NormalLikelihood
@@ -107,13 +107,17 @@ class FactorAverage:
         parts = {argument.name: argument for argument in plan.arguments}
         if parts["value"].forms:
             return None
-        self._expectation(parts["loc"], env, moments), self._expectation(parts["precision"], env, moments)
-        precision = self._maps.get("precision", self._known.get("precision"))
+        loc = self._compiled(parts["loc"], env, moments) if parts["loc"].forms else None
+        if loc is None:
+            return None
+        precision = self._expectation(parts["precision"], env, moments)
+        if parts["precision"].forms:
+            precision = self._maps["precision"]
         weights = torch.as_tensor(plan.factor.scale)
         if plan.factor.mask is not None:
             weights = weights * torch.as_tensor(plan.factor.mask).to(weights)
         shape = constructed.batch_shape
-        found = summarise(self._expectation(parts["value"], env, moments), self._maps.get("loc"), precision, shape, weights)
+        found = summarise(self._expectation(parts["value"], env, moments), loc, precision, shape, weights)
         if found is not None:
             self._maps["loc"] = None  # its columns are no longer needed
         return found
@@ -128,7 +132,7 @@ class FactorAverage:
         return tuple(mine[len(mine) - constructed.reinterpreted :]) == tuple(event)
 
     def _scaled(self, result: Tensor, mask: Any, scale: Any) -> Tensor:
-        result = result.expand(torch.broadcast_shapes(result.shape, self.plan.factor.batch_shape))
+        result = result.expand(broadcast_shape(result.shape, self.plan.factor.batch_shape))
         if mask is not None and mask is not True:
             result = torch.where(torch.as_tensor(mask, dtype=torch.bool, device=result.device), result, 0.0)
         return result if isinstance(scale, float) and scale == 1.0 else result * scale
@@ -184,12 +188,24 @@ class FactorAverage:
                 self._known[argument.name] = result
             return result
         if self._is_constant[argument.name]:
-            if argument.name not in self._maps:
-                self._maps[argument.name] = compiled(argument, self._leaf_function(argument, env), self.blocks, moments)
-            found = self._maps[argument.name]
+            found = self._compiled(argument, env, moments)
             if found is not None:
                 return found(moments)
         return self._by_program(argument, env, moments)
+
+    def _compiled(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Any:
+        if argument.name not in self._maps:
+            function = self._leaf_function(argument, env)
+            self._maps[argument.name] = compiled(argument, function, self.blocks, moments, self._design(argument))
+        return self._maps[argument.name]
+
+    def _design(self, argument: Argument) -> Tensor | None:
+        """X where the argument is X @ z plus constants: its columns need not be computed."""
+        if len(argument.forms) != 1:
+            return None
+        (name,) = argument.forms
+        plain = isinstance(self.blocks[name].family, (Normal, MultivariateNormal)) and len(self.blocks[name].members) == 1
+        return self.graph.tape.design_matrix(argument.ref, self.blocks[name].site_names[0]) if plain else None
 
     def _leaf_function(self, argument: Argument, env: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
         return lambda leaves: self._at(argument, env, leaves)

@@ -218,6 +218,7 @@ class Tape:
     departures: list[Departure] = field(default_factory=list)
     closed: bool = False
     written: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
     _input_index: dict[int, int] = field(default_factory=dict)
     _latents: list[frozenset[str]] = field(default_factory=list)
     _needed: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
@@ -306,9 +307,10 @@ class Tape:
         return self._latents[ref.index] if isinstance(ref, Ref) else frozenset()
 
     def reference(self, value: Any) -> Any:
-        """`Ref` of a recorded tensor; other values unchanged."""
+        """`Ref` of a recorded tensor, whose value is kept; other values unchanged."""
         value = self.recognise(value)
         if isinstance(value, Recorded):
+            self.values[value._index] = value._value
             return Ref(value._index)
         if isinstance(value, (tuple, list)):
             return type(value)(self.reference(item) for item in value)
@@ -362,6 +364,27 @@ class Tape:
             for item in _inputs_in((self.nodes[index].args, self.nodes[index].kwargs)):
                 found[item.index] = self.inputs[item.index]
         return [*found.values(), *(output for output in outputs if isinstance(output, Tensor))]
+
+    def design_matrix(self, ref: Any, latent: str) -> Tensor | None:
+        """X where the expression is X @ z, up to added constants, with z the vector `latent` itself; None elsewhere."""
+        if not isinstance(ref, Ref):
+            return None
+        node = self.nodes[ref.index]
+        if node.shape is None or len(node.shape) != 1:
+            return None
+        if node.name in ("matmul", "mv") and len(node.args) == 2:
+            left, right = node.args
+            if isinstance(left, Input) and isinstance(right, Ref) and self.inputs[left.index].dim() == 2:
+                leaf = self.nodes[right.index]
+                if isinstance(leaf.function, Latent) and leaf.function.name == latent and leaf.shape and len(leaf.shape) == 1:
+                    return self.inputs[left.index]
+        if node.name in ("add", "sub") and len(node.args) == 2 and not node.kwargs:
+            left, right = node.args
+            if isinstance(left, Ref) and not isinstance(right, Ref):
+                return self.design_matrix(left, latent)
+            if isinstance(right, Ref) and not isinstance(left, Ref) and node.name == "add":
+                return self.design_matrix(right, latent)
+        return None
 
     def structure(self, outputs: Sequence[Any]) -> tuple:
         """A hashable description of how `outputs` are computed: everything but the values of the inputs."""

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.distributions import biject_to, constraints
 from pyro_blr.expressions import Recorded, Recording, Ref, Tape, plain, source_line
 
 __all__ = [
+    "broadcast_shape",
     "Constructed",
     "Factor",
     "FactorGraph",
@@ -173,7 +174,7 @@ class FactorGraph:
             [factor.value, factor.mask, factor.scale, constructed.mask], latents
         )
         result = constructed.rebuild(self.tape, latents).log_prob(value)
-        result = result.expand(torch.broadcast_shapes(result.shape, constructed.batch_shape))
+        result = result.expand(broadcast_shape(result.shape, constructed.batch_shape))
         if inner is not None:
             result = torch.where(torch.as_tensor(inner, dtype=torch.bool), result, 0.0)
         if constructed.reinterpreted:
@@ -181,6 +182,17 @@ class FactorGraph:
         if mask is not None:
             result = torch.where(torch.as_tensor(mask, dtype=torch.bool, device=result.device), result, 0.0)
         return result * scale
+
+
+def broadcast_shape(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """`torch.broadcast_shapes` for shapes that are known to broadcast, at a tenth of its cost."""
+    rank = max(map(len, shapes))
+    result = [1] * rank
+    for shape in shapes:
+        for dim, size in enumerate(shape, rank - len(shape)):
+            if size != 1:
+                result[dim] = size
+    return tuple(result)
 
 
 # --------------------------------------------------------------------------------------------------------------------

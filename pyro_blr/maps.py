@@ -95,15 +95,19 @@ LeafFunction = Callable[[Mapping[str, Tensor]], Tensor]
 
 @torch.no_grad()
 def compiled(
-    argument: Argument, function: LeafFunction, blocks: Mapping[str, Block], moments: Moments
+    argument: Argument,
+    function: LeafFunction,
+    blocks: Mapping[str, Block],
+    moments: Moments,
+    design: Tensor | None = None,
 ) -> Callable[[Moments], Expectation] | None:
     """moments ↦ the argument's expectations, without running the program; None where its form is not one of these.
 
-    `function` is the argument as a function of the leaves of its blocks.
+    `function` is the argument as a function of the leaves of its blocks; `design` its matrix, where that is at hand.
     """
     try:
         if argument.role is Linear:
-            return _affine(argument, function, blocks, moments)
+            return _affine(argument, function, moments, design)
         if len(argument.forms) != 1:
             return None
         ((name, form),) = argument.forms.items()
@@ -281,7 +285,7 @@ def _diagonal(moments: Mapping[str, Tensor]) -> Tensor:
     return moments["variance"]
 
 
-def _affine(argument: Argument, function: LeafFunction, blocks: Mapping[str, Block], moments: Moments) -> Any:
+def _affine(argument: Argument, function: LeafFunction, moments: Moments, design: Tensor | None) -> Any:
     if argument.products:
         return None
     leaves = {name: torch.zeros_like(moments[name]["mean"]) for name in argument.forms}
@@ -303,7 +307,7 @@ def _affine(argument: Argument, function: LeafFunction, blocks: Mapping[str, Blo
             unit = bool((ones == 1).all())
             gathers[name] = (None if unit else ones, None if unit else ones.square(), gather)
         elif all(like.shape[dim] == 1 or dim in mixed for dim in range(-like.dim(), 0)):
-            columns[name] = Columns(_columns(change, like))
+            columns[name] = Columns(_columns(change, like) if design is None else design.mT)
         else:
             return None
     return AffineMap(None if bool((offset == 0).all()) else offset, gathers, columns)
