@@ -127,6 +127,8 @@ class Block:
         """log |dx/du|, shape (*batch), where the block's variable is the unconstrained u; None where x itself is."""
         if isinstance(self.family, TransformedNormal):
             return self.family.log_abs_det_jacobian(leaf)
+        if len(self.members) == 1:
+            return None
         parts = [m.log_jacobian(leaf[..., m.start : m.stop], self.batch_shape) for m in self.members]
         found = [part for part in parts if part is not None]
         return sum(found[1:], found[0]) if found else None
