@@ -129,7 +129,7 @@ class Ascent:
         messages = self.program.messages
         exact = [name for name, plan in self.program.plans.items() if plan.exact]
         silent = self._silent()
-        total = messages.expected_log_prob(exact, self.beliefs.moments)
+        total = messages.expected_log_prob(exact, self.beliefs.wide)
         total = total + messages.entropy(self.beliefs.naturals, silent).to(total.device)
         if len(exact) == len(self.program.plans):
             return self._finite(float(total)), 0.0
@@ -142,7 +142,7 @@ class Ascent:
         """Σ_f s_f E_q[log f], differentiable in the model's parameters."""
         messages = self.program.messages
         exact = [name for name, plan in self.program.plans.items() if plan.exact]
-        total = messages.expected_log_prob(exact, self.beliefs.moments)
+        total = messages.expected_log_prob(exact, self.beliefs.wide)
         if draws is not None and len(exact) < len(self.program.plans):
             total = total + self.targets.sampled_bound(self.beliefs, draws).mean()
         return total

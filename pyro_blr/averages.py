@@ -66,13 +66,21 @@ class FactorAverage:
     def total(self, moments: Moments, samples: Mapping[str, Tensor]) -> Tensor:
         """s_f E_q[log f], masked, weighted by the probabilities of enumerated states, summed in float64."""
         if self._summary is _UNKNOWN:
-            self._summary = self._summarised(moments)
+            self._summary = self._summarised(self._in_model_precision(moments))
         if self._summary is not None:
             return self._summary(moments)
+        moments = self._in_model_precision(moments)
         weighted = self.elementwise(moments, samples)
         for i, name in enumerate(self.plan.enumerated):
             weighted = weighted * self._state_probabilities(moments[name]["probs"], i)
         return weighted.sum(dtype=torch.float64)
+
+    def _in_model_precision(self, moments: Moments) -> Moments:
+        """Data are not copied to float64 for the sake of a few expectations; sums over data accumulate in it."""
+        return {
+            name: {key: value.to(self.blocks[name].dtype) for key, value in moments[name].items()}
+            for name in (*self.plan.analytic, *self.plan.enumerated)
+        }
 
     def elementwise(self, moments: Moments, samples: Mapping[str, Tensor]) -> Tensor:
         """s_f E[log f | enumerated states], shape (states..., *batch of the factor)."""

@@ -14,7 +14,7 @@ __all__ = ["Beliefs"]
 
 
 class Beliefs:
-    """λ in float64 and the moments that messages are differentiated in, in the model's own precision.
+    """λ and the moments that messages are differentiated in, in float64 (`wide`) and in the model's own precision (`moments`).
 
     A block in `points` stands for a value T(z) until its first update (`init`).
     """
@@ -28,10 +28,11 @@ class Beliefs:
         self.blocks = blocks
         self.naturals = dict(naturals)
         self.points = dict(points or {})
+        self.wide: dict[str, dict[str, Tensor]] = {}
         self.moments: dict[str, dict[str, Tensor]] = {}
         for name, block in blocks.items():
             if name in self.points:
-                self.moments[name] = _cast(moments_at(block, self.points[name]), block.dtype)
+                self.set_moments(name, moments_at(block, self.points[name]))
             else:
                 self._refresh(name)
 
@@ -42,13 +43,17 @@ class Beliefs:
         self._refresh(name)
 
     def _refresh(self, name: str) -> None:
-        block = self.blocks[name]
-        self.moments[name] = _cast(block.family.moments(self.naturals[name]), block.dtype)
+        self.set_moments(name, self.blocks[name].family.moments(self.naturals[name]))
+
+    def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
+        """Replaces one block's expectations, its λ apart."""
+        self.wide[name] = _cast(moments, torch.float64)
+        self.moments[name] = _cast(moments, self.blocks[name].dtype)
 
     def copy(self) -> Beliefs:
         other = Beliefs.__new__(Beliefs)
         other.blocks, other.naturals = self.blocks, dict(self.naturals)
-        other.points, other.moments = dict(self.points), dict(self.moments)
+        other.points, other.moments, other.wide = dict(self.points), dict(self.moments), dict(self.wide)
         return other
 
 

@@ -53,7 +53,7 @@ def _seed_components(ascent: Ascent, name: str) -> None:
             distance = torch.ones_like(distance)
         chosen = int(torch.multinomial(distance / distance.sum(), 1)) if flat.shape[0] < 2**24 else int(distance.argmax())
         flat[chosen, state] = 1.0
-        beliefs.moments[name] = {"probs": flat.reshape(start.shape)}
+        beliefs.set_moments(name, {"probs": flat.reshape(start.shape)})
         for other in components:
             target = ascent.targets.exact(other, beliefs)
             if not bool(ascent.program.blocks[other].family.contains(target).all()):

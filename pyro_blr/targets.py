@@ -68,7 +68,7 @@ class Targets:
     def exact(self, name: str, beliefs: Beliefs) -> Tensor:
         """The target from the block's exact factors alone."""
         natural = beliefs.naturals[name]
-        message = self.messages.exact_message(name, natural, beliefs.moments)
+        message = self.messages.exact_message(name, natural, beliefs.wide)
         return self._share(name, natural, message.to(natural.dtype))
 
     def _share(self, name: str, natural: Tensor, message: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Targets:
     def sampled(self, name: str, beliefs: Beliefs, draws: Draws) -> Tensor:
         """The target with the messages of the block's other factors estimated from draws."""
         natural = beliefs.naturals[name]
-        message = self.messages.exact_message(name, natural, beliefs.moments).to(natural.dtype)
+        message = self.messages.exact_message(name, natural, beliefs.wide).to(natural.dtype)
         message = message + self.sampled_message(name, beliefs, draws).to(natural.dtype)
         return self._share(name, natural, message)
 
