@@ -6,6 +6,7 @@ one reads the recorded expression (`kinds`), the numerical one evaluates it (`pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +37,7 @@ from pyro_blr.remedies import remedy_for
 __all__ = ["Argument", "FactorPlan", "Verdict", "analyse"]
 
 PROVED = "exact (proved)"
+MOST_RUNS = 256  # runs of the model, at most, for one average over discrete sites that leave torch
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class FactorPlan:
 
     @property
     def exact(self) -> bool:
-        return not self.sampled and not self.replayed
+        return not self.sampled
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -135,13 +137,32 @@ class _Judge:
         reason = self.graph.failure or "its expressions do not reproduce the model"
         if departures:
             reason = f"{departures[0].operation} ({departures[0].source})"
-        sampled = tuple(dict.fromkeys(self.block_of[site] for site in self.graph.sites if site in latents))
-        verdicts = tuple(
-            Verdict(factor.name, site, False, "Monte Carlo", f"{factor.name}: a latent leaves the program's tensors: {reason}")
-            for site in self.graph.sites
-            if site in latents
-        )
-        return FactorPlan(factor, None, (), (), (), sampled, verdicts, replayed=True)
+        enumerated, sampled = self._replayable(latents)
+        how = "Monte Carlo"
+        if not sampled:
+            how = f"exact (verified numerically at {math.prod(self.blocks[name].num_states for name in enumerated)} points)"
+        verdicts = []
+        for site in self.graph.sites:
+            if site not in latents:
+                continue
+            if not sampled:
+                verdicts.append(Verdict(factor.name, site, True, how))
+                continue
+            text = f"{factor.name}: a latent leaves the program's tensors: {reason}"
+            verdicts.append(Verdict(factor.name, site, False, how, text))
+        return FactorPlan(factor, None, (), enumerated, (), sampled, tuple(verdicts), replayed=True)
+
+    def _replayable(self, latents: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Blocks whose joint states are few enough to run the model at each, and the others."""
+        enumerated, sampled, runs = [], [], 1
+        for name in dict.fromkeys(self.block_of[site] for site in self.graph.sites if site in latents):
+            block = self.blocks[name]
+            if block.is_discrete and block.batch_shape.numel() == 1 and runs * block.num_states <= MOST_RUNS:
+                runs *= block.num_states
+                enumerated.append(name)
+            else:
+                sampled.append(name)
+        return tuple(enumerated), tuple(sampled)
 
     def plan(self, factor: Factor) -> FactorPlan:
         names = tuple(dict.fromkeys(self.block_of[s] for s in self.graph.sites if s in factor.latents))

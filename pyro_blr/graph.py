@@ -27,7 +27,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_blr.expressions import Recorded, Recording, Ref, Tape, plain, source_line
+from pyro_blr.expressions import Latent, Recorded, Recording, Ref, Tape, plain, source_line
 
 __all__ = [
     "broadcast_shape",
@@ -37,6 +37,7 @@ __all__ = [
     "Plate",
     "Site",
     "capture",
+    "dependencies",
     "generic_value",
     "isolated_random_state",
     "node_log_prob",
@@ -247,11 +248,15 @@ def subsample_values(trace: poutine.Trace) -> dict[str, Tensor]:
 
 def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1.0) -> Tensor:
     """A value inside the support, the same for the same (name, shape, draw), that no special structure can fit by chance."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{draw}".encode()))
+    generator = _generator(f"{name}:{draw}")
     if distribution.has_enumerate_support:
         states = distribution.enumerate_support(expand=False)
         shape = distribution.batch_shape
-        index = torch.randint(states.shape[0], tuple(shape), generator=generator).to(states.device)
+        if 0 < draw < states.shape[0]:  # the first draws go through every other state
+            index = torch.randint(states.shape[0], tuple(shape), generator=_generator(f"{name}:0")) + draw
+        else:
+            index = torch.randint(states.shape[0], tuple(shape), generator=generator)
+        index = (index % states.shape[0]).to(states.device)
         flat = states.reshape(states.shape[0], *distribution.event_shape)
         return flat[index]
     support = distribution.support
@@ -272,6 +277,10 @@ def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1
     shape = transform.inverse_shape(shape)
     unconstrained = (torch.rand(tuple(shape), generator=generator, dtype=torch.float64) * 2 - 1) * radius
     return transform(unconstrained.to(dtype=reference.dtype, device=reference.device))
+
+
+def _generator(text: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(text.encode()))
 
 
 def _innermost_support(support: Any) -> Any:
@@ -440,6 +449,8 @@ def capture(model: Callable, args: tuple, kwargs: Mapping[str, Any], trace: pout
             )
     except Exception as error:  # the model's own code, run on an unusual tensor: any error means "not recordable"
         failure, tape, recorded = f"{type(error).__name__}: {error}", Tape(), trace
+    if failure is not None:
+        recorded = _with_latents(trace, tape, values)
     tape.closed = True
     graph = FactorGraph(tape, {}, {}, values, subsamples, failure=failure)
     for name, node in recorded.nodes.items():
@@ -450,10 +461,18 @@ def capture(model: Callable, args: tuple, kwargs: Mapping[str, Any], trace: pout
     return graph
 
 
+def _with_latents(trace: poutine.Trace, tape: Tape, values: Mapping[str, Tensor]) -> poutine.Trace:
+    """A plain run with its latents as leaves: the statements whose arguments hold no latent are recorded all the same."""
+    copied = trace.copy()
+    for name, value in values.items():
+        copied.nodes[name] = {**trace.nodes[name], "value": tape.latent(name, value.clone())}
+    return copied
+
+
 def _add_statement(graph: FactorGraph, name: str, node: dict, plain_node: dict) -> None:
     tape = graph.tape
     plates = _plates_of(name, node)
-    if node["infer"].get("_deterministic"):
+    if node["infer"].get("_deterministic") or _is_its_own_value(tape, node):
         graph.deterministic[name] = tape.reference(node["value"])
         return
     if name in graph.values:
@@ -476,9 +495,31 @@ def _add_statement(graph: FactorGraph, name: str, node: dict, plain_node: dict) 
     graph.factors[name] = replace(factor, latents=_latents_of(graph, factor))
 
 
+def _is_its_own_value(tape: Tape, node: dict) -> bool:
+    """Whether a statement is Delta(v) at v itself, a name for a value: its log density is zero whatever the latents are."""
+    base = unwrap(node["fn"])[0]
+    if not isinstance(base, dist.Delta) or isinstance(base.log_density, Recorded) or bool((base.log_density != 0).any()):
+        return False
+    value, point = tape.reference(node["value"]), tape.reference(base.v)
+    if isinstance(value, Ref) or isinstance(point, Ref):
+        return _root(tape, value) == _root(tape, point)
+    return torch.equal(torch.as_tensor(value), torch.as_tensor(point))
+
+
+_SAME = frozenset("identity clone expand expand_as contiguous broadcast_to view reshape view_as reshape_as".split())
+
+
+def _root(tape: Tape, ref: Any) -> Any:
+    """The expression that `ref` is a copy or an expanded view of."""
+    while isinstance(ref, Ref) and not isinstance(tape.nodes[ref.index].function, Latent):
+        node = tape.nodes[ref.index]
+        if node.name not in _SAME:
+            break
+        ref = node.args[0]
+    return ref
+
+
 def _latents_of(graph: FactorGraph, factor: Factor) -> frozenset[str]:
-    if graph.failure is not None:
-        return frozenset(graph.values)
     expressions = [factor.value, factor.scale, factor.mask]
     if factor.constructed is not None:
         expressions += [*factor.constructed.arguments.values(), factor.constructed.mask]
@@ -488,9 +529,10 @@ def _latents_of(graph: FactorGraph, factor: Factor) -> frozenset[str]:
 def _constructed(tape: Tape, distribution: Any) -> Constructed | None:
     base, reinterpreted, mask = unwrap(distribution)
     remembered = getattr(base, "_pyro_blr_constructed", None)
-    if remembered is None:
+    arguments = remembered[1] if remembered is not None else _attributes(base)
+    if arguments is None:
         return None
-    cls, arguments, _ = remembered
+    cls = remembered[0] if remembered is not None else type(base)
     references = {name: tape.reference(value) for name, value in arguments.items() if value is not None}
     if any(_holds_recorded(value) for value in references.values()):
         return None
@@ -501,6 +543,23 @@ def _constructed(tape: Tape, distribution: Any) -> Constructed | None:
     else:
         shape = outer
     return Constructed(cls, references, shape, len(base.event_shape), reinterpreted, tape.reference(mask))
+
+
+_ALTERNATIVES = ({"probs", "logits"}, {"scale_tril", "covariance_matrix", "precision_matrix"})
+
+
+def _attributes(base: Any) -> dict[str, Any] | None:
+    """The constructor's arguments of a distribution that was made before the run (a module-level prior, a PyroSample)."""
+    derived = isinstance(base, torch.distributions.TransformedDistribution)
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(type(base).__init__).parameters.items():
+        if name in ("self", "validate_args") or any(name in group and group & set(found) for group in _ALTERNATIVES):
+            continue
+        if name in vars(base) or (derived and hasattr(base, name)):
+            found[name] = getattr(base, name)
+        elif parameter.default is inspect.Parameter.empty:
+            return None
+    return found
 
 
 def _holds_recorded(value: Any) -> bool:
@@ -538,34 +597,61 @@ def unfaithful_factors(
     Latents are redrawn together, to other states and into both tails; a program that branches on a latent, or that takes one
     out of torch, is redrawn more often.
     """
-    wrong: set[str] = set(graph.factors) if graph.failure is not None else set()
-    draws = 12 if graph.tape.departures else 4
+    wrong: set[str] = set()
+    draws = max(12 if graph.tape.departures else 4, min(_most_states(graph), 9) - 1)
     if sum(factor.batch_shape.numel() for factor in graph.factors.values()) > 200_000 and not graph.tape.departures:
         draws = 1
     for draw in range(1, draws + 1):
         if len(wrong) < len(graph.factors):
             wrong |= _disagreements(model, args, kwargs, graph, draw)
-    if not wrong:
-        return {}
-    base = _replay(model, args, kwargs, graph, {})
-    depends: dict[str, set[str]] = {name: set() for name in wrong}
-    for site in graph.sites.values():
-        for draw in (1, 2, 3):
-            moved = _replay(model, args, kwargs, graph, {site.name: generic_value(site.name, site.distribution, draw, 3.0)})
-            for name in wrong:
-                if name == site.name or name not in moved or not _agree(moved[name], base[name]):
-                    depends[name].add(site.name)
-    return {name: frozenset(latents) for name, latents in depends.items()}
+    return dependencies(model, args, kwargs, graph, wrong) if wrong else {}
+
+
+_SITES_MOVED_ALONE = 30  # beyond this many sites the others are held in one place only
+
+
+def dependencies(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], graph: FactorGraph, names: Iterable[str]
+) -> dict[str, frozenset[str]]:
+    """The latents that move each of the named factors in the model's own words: one is redrawn, the others held, in several
+    places; a factor that no latent alone moves is taken to depend on all."""
+    depends: dict[str, set[str]] = {name: {name} & set(graph.sites) for name in names}
+    places = 4 if len(graph.sites) <= _SITES_MOVED_ALONE else 1
+    for place in range(places):
+        held = {site.name: generic_value(site.name, site.distribution, place) for site in graph.sites.values()}
+        base = _replay(model, args, kwargs, graph, held)
+        if base is None:
+            continue
+        for site in graph.sites.values():
+            for draw in _draws_of(site, place):
+                moved = {**held, site.name: generic_value(site.name, site.distribution, draw, 3.0)}
+                found = _replay(model, args, kwargs, graph, moved)
+                for name, known in depends.items():
+                    if found is not None and site.name not in known and not _agree(found[name], base[name]):
+                        known.add(site.name)
+    return {name: frozenset(known or graph.sites) for name, known in depends.items()}
+
+
+def _draws_of(site: Site, place: int) -> list[int]:
+    """Numbers of draws that differ from the one at `place`: all states of a small site, several values of others."""
+    count = _states_of(site)
+    return [d for d in range(min(count, 8)) if d != place] if count else [place + 11, place + 12, place + 13]
+
+
+def _states_of(site: Site) -> int:
+    return site.distribution.enumerate_support(expand=False).shape[0] if site.distribution.has_enumerate_support else 0
+
+
+def _most_states(graph: FactorGraph) -> int:
+    return max((_states_of(site) for site in graph.sites.values()), default=0)
 
 
 def _disagreements(model: Callable, args: tuple, kwargs: Mapping[str, Any], graph: FactorGraph, draw: int) -> set[str]:
     radius = 1.0 + 0.5 * draw
     values = {site.name: generic_value(site.name, site.distribution, draw, radius) for site in graph.sites.values()}
     replayed = _replay(model, args, kwargs, graph, values)
-    if set(replayed) != set(graph.factors):
-        return set(graph.factors)
     wrong = set()
-    for name, expected in replayed.items():
+    for name, expected in (replayed or {}).items():
         try:
             with torch.no_grad(), pyro.validation_enabled(False):
                 found = graph.log_prob(name, values)
@@ -579,11 +665,21 @@ def _disagreements(model: Callable, args: tuple, kwargs: Mapping[str, Any], grap
 
 def _replay(
     model: Callable, args: tuple, kwargs: Mapping[str, Any], graph: FactorGraph, values: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Every factor's log probability in the model's own words, at the captured latents with some replaced."""
+) -> dict[str, Tensor] | None:
+    """Every factor's log probability in the model's own words, at the captured latents with some replaced; None where the
+    program raises there (a value that it asserts against says nothing about dependencies)."""
     values = {**graph.values, **values}
-    with torch.no_grad():
-        return replayed_log_probs(model, args, kwargs, graph, values)
+    try:
+        with torch.no_grad():
+            return replayed_log_probs(model, args, kwargs, graph, values)
+    except OtherStatementsError:
+        raise
+    except Exception:  # the model's own, at an unusual value
+        return None
+
+
+class OtherStatementsError(ValueError):
+    """A model whose sample statements depend on its latents."""
 
 
 def replayed_log_probs(
@@ -596,13 +692,30 @@ def replayed_log_probs(
 
     with isolated_random_state(0), pyro.validation_enabled(False):
         trace = run_model(model, args, kwargs, choose, graph.subsamples)
-        return {
+        found = {
             name: node_log_prob(node)
             for name, node in trace.nodes.items()
             if node["type"] == "sample"
             and not isinstance(node["fn"], _Subsample)
+            and name not in graph.deterministic
             and not node["infer"].get("_deterministic")
         }
+    _refuse_other_statements(graph, set(found))
+    return found
+
+
+def _refuse_other_statements(graph: FactorGraph, found: set[str]) -> None:
+    if found == set(graph.factors):
+        return
+    more, fewer = sorted(found - set(graph.factors)), sorted(set(graph.factors) - found)
+    departed = graph.tape.departures
+    sites = sorted({site for departure in departed for site in departure.latents})
+    where = f" ({departed[0].operation} on {' and '.join(sites)}, {departed[0].source})" if departed else ""
+    raise OtherStatementsError(
+        f"which statements the model makes depends on its latents{where}: found {more or 'none'} besides and {fewer or 'none'} missing at "
+        "other values, expected the same sample statements at every value. Make them all, and switch them with "
+        "poutine.mask(mask=...) or torch.where instead of a Python branch"
+    )
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

@@ -15,6 +15,7 @@ from pyro_blr.estimators import batched
 from pyro_blr.expressions import Ref
 from pyro_blr.families import Categorical, MultivariateNormal
 from pyro_blr.graph import FactorGraph
+from pyro_blr.replays import Replays
 
 __all__ = ["Messages"]
 
@@ -32,6 +33,7 @@ class Messages:
     replay: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
     def __post_init__(self) -> None:
+        self.replays = Replays(self.graph, self.blocks, self.plans, self.replay)
         self.averages = {name: FactorAverage(self.graph, self.blocks, plan) for name, plan in self.plans.items()}
         self.factors_of: dict[str, list[str]] = {name: [] for name in self.blocks}
         for name, plan in self.plans.items():
@@ -96,24 +98,8 @@ class Messages:
             if name not in replayed:
                 total = total + self.averages[name].total(moments, samples or {}).to(total.device)
         if replayed:
-            total = total + self._replayed(replayed, samples or {})
+            total = total + self.replays.total(replayed, moments, samples or {})
         return total
-
-    def _replayed(self, factors: Sequence[str], samples: Mapping[str, Tensor]) -> Tensor:
-        """Factors that only running the model can evaluate, at given draws."""
-        values = dict(self.graph.values)
-        for name, leaf in samples.items():
-            values.update(self.blocks[name].values(leaf) if not self.blocks[name].is_discrete else self._states(name, leaf))
-        log_probs = self.replay(values)
-        return sum((log_probs[name].sum(dtype=torch.float64) for name in factors), torch.zeros((), dtype=torch.float64))
-
-    def _states(self, name: str, leaf: Tensor) -> dict[str, Tensor]:
-        block = self.blocks[name]
-        assert block.states is not None
-        site = block.sites[0]
-        if isinstance(block.family, Categorical) and not block.family.one_hot:
-            leaf = block.states.to(leaf.device)[leaf]
-        return {site.name: leaf.to(site.dtype)}
 
     def state_table(self, block: str, moments: Moments, factors: Iterable[str]) -> Tensor:
         """Σ_f s_f E_q[log f | state], (*batch, K): the gradient in the probabilities of a discrete block."""
