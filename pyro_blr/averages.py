@@ -20,7 +20,7 @@ from pyro_blr.expressions import Latent, Ref
 from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, MultivariateNormal, Normal, Wishart
 from pyro_blr.graph import FactorGraph, broadcast_shape
 from pyro_blr.kinds import Form
-from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
+from pyro_blr.likelihoods import WeightedSums, Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.likelihoods import Normal as NormalLikelihood
 from pyro_blr.maps import compiled
 from pyro_blr.summaries import QuadraticSummary, summarise
@@ -58,6 +58,8 @@ class FactorAverage:
         self._moves: dict[str, bool] = {}
         self._known: dict[str, Expectation] = {}
         self._summary: Any = _UNKNOWN
+        self._weighted: WeightedSums | None = WeightedSums(torch.ones(()))
+        self._weighted_by: list[Tensor] | None = None
         self._maps: dict[str, Any] = {}
         self._is_constant = {argument.name: self._has_constant_coefficients(argument) for argument in plan.arguments}
 
@@ -69,11 +71,63 @@ class FactorAverage:
             self._summary = self._summarised(self._in_model_precision(moments))
         if self._summary is not None:
             return self._summary(moments)
+        if self.plan.enumerated and self.plan.analytic and not samples:
+            total = self._through_weighted_sums(moments)
+            if total is not None:
+                return total
         moments = self._in_model_precision(moments)
         weighted = self.elementwise(moments, samples)
         for i, name in enumerate(self.plan.enumerated):
             weighted = weighted * self._state_probabilities(moments[name]["probs"], i)
         return weighted.sum(dtype=torch.float64)
+
+    def _through_weighted_sums(self, moments: Moments) -> Tensor | None:
+        """The total from sums of data weighted by the states' probabilities, which stay the same until these move."""
+        plan, constructed = self.plan, self.plan.factor.constructed
+        probs = [moments[name]["probs"] for name in plan.enumerated]
+        if self._weighted is None or plan.likelihood is None or constructed is None or any(p.requires_grad for p in probs):
+            return None
+        if constructed.mask is not None or not all(self._is_constant.values()):
+            return None
+        if any(isinstance(item, Ref) for item in (plan.factor.mask, plan.factor.scale)):
+            return None
+        if self._weighted_by is None or any(a is not b for a, b in zip(probs, self._weighted_by, strict=True)):
+            with torch.no_grad():
+                self._weighted = WeightedSums(self._all_weights(probs), {}, self._weighted.data)
+            self._weighted_by = probs
+        narrow = self._in_model_precision(moments)
+        env = self._environment(narrow, {})
+        arguments = {a.name: self._expectation(a, env, narrow) for a in plan.arguments}
+        states = [self.blocks[name].num_states for name in reversed(plan.enumerated)]
+        ones = self.graph.max_plate_nesting - len(plan.factor.batch_shape)
+        event = constructed.batch_shape[len(constructed.batch_shape) - constructed.reinterpreted :]
+        shape = (*states, *[1] * ones, *plan.factor.batch_shape, *event)
+        total = plan.likelihood.weighted_total(arguments, constructed.reinterpreted, shape, self._weighted)
+        if total is None:
+            self._weighted = None  # it does not pay for this factor
+        return total
+
+    def _all_weights(self, probs: Sequence[Tensor]) -> Tensor:
+        weights = torch.ones((), dtype=probs[0].dtype, device=probs[0].device)
+        for i, p in enumerate(probs):
+            weights = weights * self._state_probabilities(p, i) if i else self._state_probabilities(p, i)
+        factor = self.plan.factor
+        if factor.mask is not None and factor.mask is not True:
+            weights = weights * torch.as_tensor(factor.mask, device=weights.device).to(weights.dtype)
+        if not (isinstance(factor.scale, float) and factor.scale == 1.0):
+            weights = weights * factor.scale
+        return weights
+
+    def state_scores(self, block: str, moments: Moments) -> Tensor:
+        """s_f E_q[log f | state of the block], summed over everything else: shape (*batch of the block, K)."""
+        moments = self._in_model_precision(moments)
+        scores = self.elementwise(moments, {})
+        target = self._state_probabilities(moments[block]["probs"], self.plan.enumerated.index(block)).shape
+        for i, name in enumerate(self.plan.enumerated):
+            if name != block:
+                scores = scores * self._state_probabilities(moments[name]["probs"], i)
+        scores = scores.expand(broadcast_shape(scores.shape, target)).sum_to_size(target)
+        return scores.reshape(target[0], *moments[block]["probs"].shape[:-1]).movedim(0, -1)
 
     def _in_model_precision(self, moments: Moments) -> Moments:
         """Data are not copied to float64 for the sake of a few expectations; sums over data accumulate in it."""

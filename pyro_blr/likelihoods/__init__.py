@@ -4,7 +4,8 @@ from ._base import Likelihood
 from ._expectations import Constant, Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from ._registry import likelihood_of, register_likelihood
 from ._select import select
-from ._terms import Product, Square, Term, contract, sum_terms
+from ._terms import Lookup, Product, Square, Term, contract, sum_terms
+from ._weighted import WeightedSums
 from .bernoulli import Bernoulli
 from .beta import Beta
 from .binomial import Binomial
@@ -21,6 +22,7 @@ from .negative_binomial import NegativeBinomial
 from .normal import Normal
 from .one_hot_categorical import OneHotCategorical
 from .poisson import Poisson
+from .uniform import Uniform
 from .wishart import Wishart
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Likelihood",
     "Linear",
     "LogNormal",
+    "Lookup",
     "Matrix",
     "Multinomial",
     "MultivariateNormal",
@@ -51,7 +54,9 @@ __all__ = [
     "Simplex",
     "Square",
     "Term",
+    "Uniform",
     "Vector",
+    "WeightedSums",
     "Wishart",
     "contract",
     "likelihood_of",

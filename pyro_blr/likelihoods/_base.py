@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._expectations import Expectation
 from ._terms import Term, sum_terms
+from ._weighted import WeightedSums, weighted_total
 
 
 class Likelihood(ABC):
@@ -57,6 +58,18 @@ class Likelihood(ABC):
         finite.
         """
         return sum_terms(self.terms(**arguments), num_event_dims, weights)
+
+
+    @final
+    def weighted_total(
+        self,
+        arguments: Mapping[str, Expectation],
+        num_event_dims: int,
+        batch_shape: Sequence[int],
+        sums: WeightedSums,
+    ) -> Tensor | None:
+        """Σ w E_q[log f] over the whole batch through weighted sums of data; None where that does not pay."""
+        return weighted_total(self.terms(**arguments), num_event_dims, batch_shape, sums)
 
 
 def as_tensor(argument: Any, value: Tensor) -> Tensor:

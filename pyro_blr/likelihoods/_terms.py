@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._expectations import Linear
+from ._select import select
 
 _LARGE = 4  # a broadcast is large when it has more than this many times the elements of its operands
 
@@ -94,6 +95,25 @@ class Square(Term):
         products: list[Term | Tensor] = [Product(c, square), Product(-2 * c * m, x), c * offset]
         total = _contract_terms(products, num_event_dims, None if weights is None else weights.double())
         return total.to(_result_type(self.coefficient, self.value.mean, self.loc.mean))
+
+
+@dataclass(frozen=True)
+class Lookup(Term):
+    """log a[k]: one entry of each row of logarithms (*batch, V), chosen by an index (*batch)."""
+
+    log: Tensor
+    index: Tensor
+
+    @property
+    def operands(self) -> list[torch.Size]:
+        return [self.log.shape[:-1], self.index.shape]
+
+    def elementwise(self) -> Tensor:
+        return select(self.log, self.index)
+
+    def contracted(self, num_event_dims: int, weights: Tensor | None) -> Tensor:
+        chosen = self.elementwise()
+        return _sum_right(chosen if weights is None else chosen * weights, num_event_dims)
 
 
 def contract(coefficient: Tensor, statistic: Tensor, num_event_dims: int) -> Tensor:

@@ -14,8 +14,7 @@ from ._base import Likelihood
 from ._expectations import Constant, Expectation, Simplex
 from ._parametrisations import simplex, simplex_point
 from ._registry import register_likelihood
-from ._select import select
-from ._terms import Term
+from ._terms import Lookup, Term
 
 
 @register_likelihood(torch.distributions.Categorical, pyro.distributions.Categorical)
@@ -31,4 +30,4 @@ class Categorical(Likelihood):
         return {"value": Constant.of(value), "probs": simplex_point(arguments)}
 
     def terms(self, value: Constant, probs: Simplex) -> Sequence[Term | Tensor]:
-        return [select(probs.log, value.value)]
+        return [Lookup(probs.log, value.value)]
