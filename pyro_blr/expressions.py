@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from pyro_blr.memory import Written, as_strided, base_of, out_of_place, place_in
 
 __all__ = ["Departure", "Input", "Latent", "Node", "Recorded", "Recording", "Ref", "Tape", "plain", "source_line"]
 
@@ -117,23 +120,15 @@ def _stack(items: Any, **options: Any) -> Tensor:
     return torch.as_tensor(items, **options)
 
 
-def _out_of_place(function: Callable) -> Callable:
-    """`x.add_(y)` as a function of values: the result of the write on a copy of x."""
-
-    def written(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = x.clone()
-        function(x, *args, **kwargs)
-        return x
-
-    written.__name__ = getattr(function, "__name__", "write")
-    return written
-
-
 def _function_name(function: Callable) -> str:
     name = getattr(function, "__name__", "")
     if name == "__get__":
         return getattr(getattr(function, "__self__", None), "__name__", name)
     return name
+
+
+# Attributes of a tensor whose setting changes its value.
+_VALUES = frozenset({"data", "real", "imag"})
 
 
 def _writes(name: str) -> bool:
@@ -167,7 +162,8 @@ class Recorded(torch.Tensor):
         tape = next((operand._tape for operand in operands if not operand._tape.closed), None)
         if tape is None:
             return func(*plain(args), **plain(kwargs))
-        return tape.call(func, args, kwargs, operands)
+        args, kwargs = tape.recognise(args), tape.recognise(kwargs)
+        return tape.call(func, args, kwargs, list(_recorded_in((args, kwargs))))
 
 
 class Recording(TorchFunctionMode):
@@ -182,7 +178,12 @@ class Recording(TorchFunctionMode):
         if self.tape.written:
             args, kwargs = self.tape.recognise(args), self.tape.recognise(kwargs)
         operands = list(_recorded_in((args, kwargs)))
-        return self.tape.call(func, args, kwargs, operands) if operands else func(*args, **kwargs)
+        if operands:
+            return self.tape.call(func, args, kwargs, operands)
+        target = kwargs.get("out", args[0] if args and _writes(_function_name(func)) else None)
+        if isinstance(target, Tensor):
+            self.tape.forget_input(target)
+        return func(*args, **kwargs)
 
 
 def _recorded_in(tree: Any) -> Iterator[Recorded]:
@@ -217,7 +218,8 @@ class Tape:
     inputs: list[Tensor] = field(default_factory=list)
     departures: list[Departure] = field(default_factory=list)
     closed: bool = False
-    written: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    written: Written = field(default_factory=Written)
+    _owners: dict[int, tuple[Any, int]] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     _input_index: dict[int, int] = field(default_factory=dict)
     _latents: list[frozenset[str]] = field(default_factory=list)
@@ -227,13 +229,18 @@ class Tape:
         """A leaf: the value of the latent `name`, to be followed from here on."""
         node = Node(Latent(name), (), {}, source_line(), tuple(value.shape), value.dtype)
         self._append(node, frozenset([name]))
-        return Recorded.wrap(value, self, len(self.nodes) - 1)
+        return self._own(value)
 
     def record(self, function: Callable, args: tuple, kwargs: dict, result: Tensor) -> Recorded:
         skeletons = self._skeleton(args), self._skeleton(kwargs)
         node = Node(function, *skeletons, source_line(), tuple(result.shape), result.dtype)
         self._append(node, self._union((args, kwargs)))
-        return Recorded.wrap(plain(result), self, len(self.nodes) - 1)
+        return self._own(plain(result))
+
+    def _own(self, value: Tensor) -> Recorded:
+        index = len(self.nodes) - 1
+        self._owners[id(value)] = (weakref.ref(value), index)
+        return Recorded.wrap(value, self, index)
 
     def record_tuple(self, function: Callable, args: tuple, kwargs: dict, result: Sequence) -> Any:
         whole = Node(function, self._skeleton(args), self._skeleton(kwargs), source_line())
@@ -244,7 +251,7 @@ class Tape:
             if isinstance(item, Tensor):
                 node = Node(operator.getitem, (ref, position), {}, whole.source, tuple(item.shape), item.dtype)
                 self._append(node, self._latents[ref.index])
-                item = Recorded.wrap(plain(item), self, len(self.nodes) - 1)
+                item = self._own(plain(item))
             items.append(item)
         return type(result)(items) if type(result) in (tuple, list) else tuple(items)
 
@@ -267,36 +274,100 @@ class Tape:
         return result
 
     def _record_write(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """A write is a new value of the tensor written to, plain or recorded."""
-        target = args[0]
-        before = plain(target).clone()
-        node_args = (self.reference(target) if isinstance(target, Recorded) else self.input(before), *args[1:])
-        skeletons = self._skeleton(node_args), self._skeleton(kwargs)
+        """A write is a new value of the memory written to, of a plain tensor or a recorded one."""
+        name, target = _function_name(function), plain(args[0])
+        if name == "__set__":
+            name = getattr(getattr(function, "__self__", None), "__name__", name)
+            if name not in _VALUES:
+                return function(*plain(args), **plain(kwargs))
+        if name in ("data", "set_") and isinstance(args[-1], Recorded):
+            return self._record_assignment(function, args)
+        base = self._base_of(args[0])
+        place = place_in(base, target)
+        ref = self._content_of(base, args[0])
+        skeletons = self._skeleton((ref, *args[1:])), self._skeleton(kwargs)
+        latents = self._union((args[1:], kwargs)) | self.latents_of(ref)
         result = function(*plain(args), **plain(kwargs))
-        after = plain(target)
-        node = Node(_out_of_place(function), *skeletons, source_line(), tuple(after.shape), after.dtype)
-        self._append(node, self._union((args, kwargs)))
-        if isinstance(target, Recorded):
-            target._index = len(self.nodes) - 1
-        self.written[id(plain(target))] = (plain(target), len(self.nodes) - 1)
-        return target if result is not None else None
+        node = Node(out_of_place(function, place), *skeletons, source_line(), tuple(base.shape), base.dtype)
+        self._append(node, latents)
+        self.written.put(base, len(self.nodes) - 1)
+        self.recognise(args[0])
+        return args[0] if result is not None else None
+
+    def _record_assignment(self, function: Callable, args: tuple) -> Any:
+        """`x.data = z`: from here on x reads the memory of z."""
+        source = args[-1]
+        result = function(*plain(args))
+        if isinstance(args[0], Recorded):
+            args[0]._index = source._index
+        base = self._base_of(source)
+        content = self._content_of(base, source)
+        if isinstance(content, Ref):
+            self.written.put(base, content.index)
+        return args[0] if result is not None else None
+
+    def _base_of(self, target: Tensor) -> Tensor:
+        memory = self.written.of(plain(target))
+        if memory is not None:
+            return memory.base
+        base = base_of(plain(target))
+        if isinstance(target, Recorded) and base is not target._value and self._owner(base) is None:
+            return target._value
+        return base
+
+    def _content_of(self, base: Tensor, target: Tensor) -> Any:
+        """What the memory of `base` holds before a write."""
+        memory = self.written.of(base)
+        if memory is not None:
+            return Ref(memory.index)
+        owner = target._index if isinstance(target, Recorded) and target._value is base else self._owner(base)
+        return self.input(base.clone()) if owner is None else Ref(owner)
+
+    def _owner(self, base: Tensor) -> int | None:
+        """The node that computed a tensor."""
+        alive, index = self._owners.get(id(base), (None, -1))
+        return index if alive is not None and alive() is base else None
 
     def _record_out(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         out = plain(kwargs["out"])
         rest = {key: value for key, value in kwargs.items() if key != "out"}
         recorded = self.record(function, args, rest, out)
-        self.written[id(out)] = (out, recorded._index)
+        if base_of(out) is out:
+            self.written.put(out, recorded._index)
+        else:
+            self._record_write(torch.Tensor.copy_, (out, recorded), {})
         return recorded
 
     def recognise(self, tree: Any) -> Any:
-        """The same tree with the tensors that latents were written into recorded."""
-        if isinstance(tree, Tensor) and not isinstance(tree, Recorded) and id(tree) in self.written:
-            return Recorded.wrap(tree, self, self.written[id(tree)][1])
+        """The same tree with the tensors whose memory latents were written into recorded."""
+        if isinstance(tree, Tensor):
+            return self._recognised(tree) if self.written else tree
         if isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields"):
             return type(tree)(self.recognise(item) for item in tree)
         if isinstance(tree, dict):
             return {key: self.recognise(item) for key, item in tree.items()}
         return tree
+
+    def _recognised(self, tensor: Tensor) -> Tensor:
+        value = plain(tensor)
+        memory = self.written.of(value)
+        if memory is None or (isinstance(tensor, Recorded) and tensor._index >= memory.index):
+            return tensor
+        place, index = place_in(memory.base, value), memory.index
+        if place is not None:
+            node = Node(as_strided, (Ref(index), *place), {}, source_line(), tuple(value.shape), value.dtype)
+            self._append(node, self._latents[index])
+            index = len(self.nodes) - 1
+        if isinstance(tensor, Recorded):
+            tensor._index = index
+            return tensor
+        return Recorded.wrap(value, self, index)
+
+    def forget_input(self, tensor: Tensor) -> None:
+        """A tensor that was an input is about to be overwritten: what it was stays."""
+        index = self._input_index.pop(id(tensor), None)
+        if index is not None:
+            self.inputs[index] = tensor.clone()
 
     def depart(self, operation: str, operands: Iterable[Recorded]) -> None:
         latents = frozenset().union(*(self._latents[operand._index] for operand in operands))
