@@ -10,20 +10,19 @@ from torch import Tensor
 
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import ImproperPosteriorError, check_natural
+from pyro_blr.draws import Draws
+from pyro_blr.estimators import standard_error
 from pyro_blr.program import Program
-from pyro_blr.rules import BLR, RobbinsMonro
-from pyro_blr.targets import Draws, Targets, fresh_seed
+from pyro_blr.rules import BLR
+from pyro_blr.targets import Targets
 
 __all__ = ["Ascent"]
-
-LOCAL_SWEEPS = 50  # sweeps over local blocks at most, before a global step on a minibatch
 
 
 class Ascent:
     """One run of the model and q on it, on the way up."""
 
     rule = BLR()
-    schedule = RobbinsMonro(delay=1.0, decay=0.6)
 
     def __init__(self, program: Program, beliefs: Beliefs, last: Sequence[str] = ()):
         self.program, self.beliefs = program, beliefs
@@ -68,45 +67,15 @@ class Ascent:
         block = self.program.blocks[name]
         if self.program.messages.is_exact(name):
             check_natural(block, target)
+            if rate == 1.0:
+                self.beliefs.update(name, target)
+                return
         elif not bool(torch.isfinite(target).all()):
             raise ImproperPosteriorError(
                 f"site {' and '.join(map(repr, block.site_names))}: found NaN or infinite messages from draws, expected finite ones. "
                 "Check that the model's log density is finite at the draws of q (init, init_loc_fn), and its gradient too"
             )
         self.beliefs.update(name, self.rule.step(block.family, self.beliefs.naturals[name], target, rate))
-
-    # -- one step, as SVI takes it --------------------------------------------------------------------------------------
-
-    def step(self, number: int) -> None:
-        """A full sweep; on a minibatch locals go to their optimum first, and globals move by ρ_t."""
-        draws = None if self.program.is_exact else Draws(fresh_seed(), 32)
-        local = self.program.local_blocks()
-        if not self.program.is_subsampled:
-            exact = [n for n in self.order if self.program.messages.is_exact(n)]
-            if len(exact) == len(self.program.blocks):
-                self.sweep()
-                return
-            rate = 1.0 if number < 5 else self.schedule.rate(number - 4)
-            for name in self.order:
-                self.sweep([name], draws, 1.0 if name in exact else rate)
-            return
-        self.optimise_locals(local, draws)
-        rate = self.schedule.rate(number)
-        for name in self.order:
-            if name not in local:
-                self.sweep([name], draws, rate)
-
-    def optimise_locals(self, local: list[str], draws: Draws | None) -> None:
-        """Local blocks to their optimum given the globals."""
-        previous = -math.inf
-        for _ in range(LOCAL_SWEEPS if len(local) > 1 else 1):
-            self.sweep([name for name in self.order if name in local], draws)
-            if self.beliefs.points:
-                continue
-            bound = self.estimate(draws)[0]
-            if abs(bound - previous) <= 1e-4 * max(1.0, abs(bound)) * 1e-2:
-                break
-            previous = bound
 
     # -- the bound ------------------------------------------------------------------------------------------------------
 
@@ -123,20 +92,27 @@ class Ascent:
                 self.beliefs = beliefs
         return self._bound
 
-    @torch.no_grad()
+    def measure(self, draws: Draws) -> None:
+        """Sets the bound from these draws."""
+        self._bound, self.bound_se = self.estimate(draws)
+
     def estimate(self, draws: Draws | None) -> tuple[float, float]:
         """(ELBO, its standard error): exact terms, plus the average of the sampled ones."""
+        values = self.estimates(draws, controlled=True)
+        return self._finite(float(values.mean())), standard_error(values)
+
+    @torch.no_grad()
+    def estimates(self, draws: Draws | None, controlled: bool = False) -> Tensor:
+        """The ELBO from each draw, (S,): exact terms, plus the sampled ones given that draw."""
         messages = self.program.messages
         exact = [name for name, plan in self.program.plans.items() if plan.exact]
         silent = self._silent()
         total = messages.expected_log_prob(exact, self.beliefs.wide)
         total = total + messages.entropy(self.beliefs.naturals, silent).to(total.device)
         if len(exact) == len(self.program.plans):
-            return self._finite(float(total)), 0.0
+            return total.unsqueeze(0)
         assert draws is not None
-        values = self.targets.sampled_bound(self.beliefs, draws)
-        spread = float(values.std() / math.sqrt(values.shape[0])) if values.shape[0] > 1 else 0.0
-        return self._finite(float(total + values.mean())), spread
+        return total + self.targets.sampled_bound(self.beliefs, draws, controlled=controlled)
 
     def expected_log_joint(self, draws: Draws | None) -> Tensor:
         """Σ_f s_f E_q[log f], differentiable in the model's parameters."""
@@ -146,6 +122,11 @@ class Ascent:
         if draws is not None and len(exact) < len(self.program.plans):
             total = total + self.targets.sampled_bound(self.beliefs, draws).mean()
         return total
+
+    def finite_estimates(self, draws: Draws | None) -> Tensor | None:
+        """`estimates`, or None where one is not finite."""
+        values = self.estimates(draws)
+        return values if bool(values.isfinite().all()) else None
 
     def _silent(self) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}

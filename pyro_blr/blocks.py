@@ -123,6 +123,13 @@ class Block:
             return {site.name: leaf if leaf.shape == site.shape else leaf.reshape(site.shape)}
         return {m.site.name: m.constrain(leaf[..., m.start : m.stop], self.batch_shape) for m in self.members}
 
+    def statistics(self, leaf: Tensor) -> Tensor:
+        """T at values (*sample, *batch, *event) of the block's own variable."""
+        if isinstance(self.family, LogNormal):
+            return self.family.sufficient_statistics(leaf.exp())
+        family = self.family.base if isinstance(self.family, TransformedNormal) else self.family
+        return family.sufficient_statistics(leaf)
+
     def log_jacobian(self, leaf: Tensor) -> Tensor | None:
         """log |dx/du|, shape (*batch), where the block's variable is the unconstrained u; None where x itself is."""
         if isinstance(self.family, TransformedNormal):

@@ -2,10 +2,12 @@
 other families, and the centred score function where no gradient flows.
 
 Everything here is a function of a log factor f(u) over one block's variable u and of draws from q(u); it knows neither models nor rules.
+Every estimator is exact, whatever the draws, for f that are quadratic (Gaussians) or linear in T (other families).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,20 +17,32 @@ from torch.func import grad, jvp, vmap
 
 from pyro_blr.families import ExponentialFamily
 
-__all__ = ["batched", "bonnet_price", "gaussian_leaves", "reparameterised", "score_function", "standard_normal_draws"]
+__all__ = [
+    "batched",
+    "bonnet_price",
+    "enumerated",
+    "gaussian_leaves",
+    "reparameterised",
+    "score_function",
+    "standard_error",
+    "standard_normal_draws",
+]
 
-_HESSIAN_DIM = 200  # events up to this size get Hessians by automatic differentiation, larger ones Price's theorem by parts
+_HESSIAN_DIM = 200  # up to so many directions Hessians come by automatic differentiation, beyond by Price's theorem in parts
+_BUDGET = 4_000_000  # numbers in one intermediate result of a batched call
+_SOBOL_DIM = 1024
+
+Function = Callable[[Tensor, Any], Tensor]
 
 
 def standard_normal_draws(num_samples: int, dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(num_samples, dim) standard normals, antithetic: scrambled Sobol points where they exist, pseudo-random ones beyond."""
-    half = (num_samples + 1) // 2
-    if dim <= torch.quasirandom.SobolEngine.MAXDIM and dim <= 1024:
-        uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(half, dtype=torch.float64)
-        normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
-    else:
+    """(num_samples, dim) standard normals, antithetic: scrambled Sobol points in the first dims, pseudo-random ones beyond."""
+    half, sobol = (num_samples + 1) // 2, min(dim, _SOBOL_DIM)
+    uniform = torch.quasirandom.SobolEngine(max(sobol, 1), scramble=True, seed=seed).draw(half, dtype=torch.float64)
+    normal = torch.special.ndtri(uniform[:, :sobol].clamp(1e-12, 1 - 1e-12))
+    if dim > sobol:
         generator = torch.Generator().manual_seed(seed)
-        normal = torch.randn(half, dim, generator=generator, dtype=torch.float64)
+        normal = torch.cat([normal, torch.randn(half, dim - sobol, generator=generator, dtype=torch.float64)], -1)
     return torch.cat([normal, -normal])[:num_samples].to(dtype=dtype, device=device)
 
 
@@ -40,105 +54,234 @@ def gaussian_leaves(moments: dict[str, Tensor], noise: Tensor) -> Tensor:
     return moments["mean"] + moments["variance"].sqrt() * noise
 
 
+def standard_error(values: Tensor) -> float:
+    """The standard error of the mean of (S,) values, of which the two halves may be antithetic."""
+    half = values.shape[0] // 2
+    if half >= 2 and values.shape[0] == 2 * half:
+        values = 0.5 * (values[:half] + values[half:])
+    return float(values.std() / math.sqrt(values.shape[0])) if values.shape[0] > 1 else 0.0
+
+
+# -- Gaussians ----------------------------------------------------------------------------------------------------------
+
+
 def bonnet_price(
-    function: Callable[[Tensor, Any], Tensor],
-    moments: dict[str, Tensor],
-    leaves: Tensor,
-    others: Any,
-    seed: int = 0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """E f, and ∇_m E f = E ∇f, ∇_V E f = ½ E ∇²f (Bonnet, Price; Khan and Rue 2023, eq. 9) over stacked draws.
+    function: Function, moments: dict[str, Tensor], leaves: Tensor, others: Any, seed: int = 0, elements: int = 0
+) -> dict[str, Tensor]:
+    """∇_m E f = E ∇f, ∇_V E f = ½ E ∇²f (Bonnet, Price; Khan and Rue 2023, eq. 9) over stacked draws.
 
     `function(u, other)` is a scalar that sums over the batch of u; `others` is a pytree of draws of other blocks with the same
-    leading dim.  The Hessian's blocks, one for each batch element, come by Hessian-vector products with random signs over the batch: exact
-    when batch elements do not interact, unbiased when they do.
+    leading dim; `elements` counts the numbers in the largest intermediate result of one call.
     """
-    if "covariance" in moments and leaves.shape[-1] > _HESSIAN_DIM:
-        return _stein(function, moments, leaves, others)
-    generator = torch.Generator().manual_seed(seed)
-    signs = (torch.randint(0, 2, moments["mean"].shape, generator=generator) * 2 - 1).to(moments["mean"])
-    if "covariance" in moments:
-        signs = signs[..., :1].expand_as(moments["mean"])
-        tangents = torch.eye(leaves.shape[-1], dtype=leaves.dtype, device=leaves.device)
-        tangents = tangents.reshape(-1, *[1] * (leaves.dim() - 2), leaves.shape[-1]) * signs
-    else:
-        tangents = signs.unsqueeze(0)
+    event = "covariance" in moments
+    if event and leaves.shape[-1] > _HESSIAN_DIM:
+        return _stein(function, moments, leaves, others, elements)
+    basis, signs = _directions(function, leaves, others, event, seed)
+    inner = max(1, _BUDGET // max(elements, leaves[0].numel(), 1))
 
-    def derivatives(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def derivatives(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
+        other, tangent = other[0], basis * other[1]
         gradient = grad(function)
-        products = vmap(lambda t: jvp(lambda u: gradient(u, other), (leaf,), (t,))[1])(tangents)
-        return function(leaf, other), gradient(leaf, other), products
+        products = vmap(lambda t: jvp(lambda u: gradient(u, other), (leaf,), (t,))[1], chunk_size=inner)(tangent)
+        return gradient(leaf, other), _diagonal_blocks(tangent, products, event)
 
-    values, gradients, products = batched(derivatives, leaves, others)
-    hessian = products.mean(0)
-    if "covariance" in moments:
-        hessian = (hessian * signs).movedim(0, -1)
-        return values, {"mean": gradients.mean(0), "covariance": 0.25 * (hessian + hessian.mT)}
-    return values, {"mean": gradients.mean(0), "variance": 0.5 * (hessian[0] * signs)}
+    def one_by_one(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
+        other, tangent = other[0], basis * other[1]
+        gradient, products = _double_backward(function, leaf, other, tangent)
+        return gradient, _diagonal_blocks(tangent, products, event)
+
+    size = max(elements, leaves[0].numel()) * min(basis.shape[0], inner)
+    gradients, hessian = batched(derivatives, leaves, (others, signs), size, one_by_one)
+    hessian = hessian.mean(0)
+    if event:
+        return {"mean": gradients.mean(0), "covariance": 0.25 * (hessian + hessian.mT)}
+    return {"mean": gradients.mean(0), "variance": 0.5 * hessian}
+
+
+def _directions(function: Function, leaves: Tensor, others: Any, event: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """Directions (R, *leaf) and signs (S, *batch) for Hessian-vector products from which each batch element's block is read.
+
+    Where batch elements do not interact, one set of directions serves all at once.  Where they do, each element has its own; if
+    these are too many, signs that differ from draw to draw make the other elements' part average out.
+    """
+    shape, dim = leaves.shape[1:], leaves.shape[-1] if event else 1
+    batch = shape[:-1] if event else shape
+    tail = (1,) if event else ()
+    ones = torch.ones((), dtype=leaves.dtype, device=leaves.device).expand(leaves.shape[0], *batch, *tail)
+    basis = torch.eye(dim, dtype=leaves.dtype, device=leaves.device).reshape(dim, *[1] * len(batch), *([dim] if event else []))
+    basis = basis.expand(dim, *shape)
+    if batch.numel() == 1:
+        return basis, ones
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (leaves.shape[0], *batch, *tail), generator=generator, dtype=torch.int8).to(leaves) * 2 - 1
+    if not _elements_interact(function, leaves, others, signs):
+        return basis, ones
+    if shape.numel() <= _HESSIAN_DIM:
+        every = torch.eye(shape.numel(), dtype=leaves.dtype, device=leaves.device)
+        return every.reshape(shape.numel(), *shape), ones
+    return basis, signs
+
+
+def _elements_interact(function: Function, leaves: Tensor, others: Any, signs: Tensor) -> bool:
+    """Whether a Hessian-vector product at one draw depends on the signs of other batch elements."""
+    ones = torch.ones_like(signs[0])
+    mixed = signs[0] if bool((signs[0] != signs[0].flatten()[0]).any()) else _one_flipped(ones)
+    pair = torch.stack([ones, mixed]).expand(2, *leaves.shape[1:])
+    products = _double_backward(function, leaves[0], _row(others, 0), pair)[1] * pair
+    return not torch.allclose(products[0], products[1], rtol=1e-6, atol=1e-9 * float(products.abs().max().clamp_min(1e-30)))
+
+
+def _one_flipped(ones: Tensor) -> Tensor:
+    flipped = ones.flatten().clone()
+    flipped[0] = -1.0
+    return flipped.reshape(ones.shape)
+
+
+def _double_backward(function: Function, leaf: Tensor, other: Any, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient and stacked Hessian-vector products by plain autograd: for programs that cannot be batched."""
+    leaf = leaf.detach().requires_grad_()
+    with torch.enable_grad():
+        value = function(leaf, other)
+        zero = torch.zeros_like(leaf)
+        if not value.requires_grad:
+            return zero, torch.zeros_like(tangents)
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True, allow_unused=True, materialize_grads=True)
+        if not gradient.requires_grad:
+            return gradient.detach(), torch.zeros_like(tangents)
+        products = [
+            torch.autograd.grad(gradient, leaf, t, retain_graph=True, allow_unused=True, materialize_grads=True)[0] for t in tangents
+        ]
+    return gradient.detach(), torch.stack(products).detach()
+
+
+def _diagonal_blocks(tangents: Tensor, products: Tensor, event: bool) -> Tensor:
+    """Σ_r t_r (H t_r): each batch element's own block of the Hessian, (*batch, d, d) for an event and (*batch) without."""
+    if event:
+        return torch.einsum("r...i,r...j->...ij", tangents, products)
+    return (tangents * products).sum(0)
 
 
 def _stein(
-    function: Callable[[Tensor, Any], Tensor], moments: dict[str, Tensor], leaves: Tensor, others: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
+    function: Function, moments: dict[str, Tensor], leaves: Tensor, others: Any, elements: int
+) -> dict[str, Tensor]:
     """∇_V E f = ½ E[V⁻¹ (u − m) ∇f(u)ᵀ], the same by integration by parts: one gradient a draw."""
-    values, gradients = batched(lambda leaf, other: (function(leaf, other), grad(function)(leaf, other)), leaves, others)
+    gradients = gradients_at(function, leaves, others, elements)
     white = torch.linalg.solve(moments["covariance"], (leaves - moments["mean"]).unsqueeze(-1)).squeeze(-1)
     outer = torch.einsum("s...i,s...j->...ij", white, gradients) / leaves.shape[0]
-    return values, {"mean": gradients.mean(0), "covariance": 0.25 * (outer + outer.mT)}
+    return {"mean": gradients.mean(0), "covariance": 0.25 * (outer + outer.mT)}
+
+
+def gradients_at(function: Function, leaves: Tensor, others: Any, elements: int = 0) -> Tensor:
+    """∇f at stacked draws."""
+
+    def one_by_one(leaf: Tensor, other: Any) -> Tensor:
+        return _double_backward(function, leaf, other, leaf[:0].reshape(0, *leaf.shape) if leaf.dim() else leaf.new_zeros(0))[0]
+
+    return batched(grad(function), leaves, others, elements, one_by_one)
+
+
+# -- other families -----------------------------------------------------------------------------------------------------
 
 
 def reparameterised(
-    function: Callable[[Tensor, Any], Tensor],
-    family: ExponentialFamily,
-    natural: Tensor,
-    num_samples: int,
-    others: Any,
-) -> tuple[Tensor, Tensor]:
-    """E f and ∇_μ E f = F(λ)⁻¹ ∇_λ E f, the gradient taken along λ → distribution → (implicitly reparameterised) sample.
+    function: Function, family: ExponentialFamily, natural: Tensor, leaves_like: Tensor, others: Any, elements: int = 0
+) -> Tensor:
+    """∇_μ E f = F(λ)⁻¹ ∇_λ E f, the gradient taken along λ → distribution → (implicitly reparameterised) sample.
 
-    Draws come from torch's generator: fix its state to draw alike at another λ.
+    F is estimated from the same draws, column by column as the gradient of E T_k, wherever they are many enough: then ⟨m, T⟩ has the
+    message m, whatever the draws (Salimans and Knowles 2013, section 5).  Draws come from torch's generator, as many as `leaves_like`
+    has: fix its state to draw alike at another λ.
     """
+    count = leaves_like.shape[0]
     leaf_natural = natural.detach().requires_grad_()
     with torch.enable_grad():
-        samples = family.to_distribution(leaf_natural).rsample((num_samples,))
-        detached = samples.detach()
-        values, gradients = batched(lambda leaf, other: (function(leaf, other), grad(function)(leaf, other)), detached, others)
-        (direction,) = torch.autograd.grad((samples * gradients.detach()).sum() / num_samples, leaf_natural)
-    return values, family.natural_gradient(natural, direction)
+        samples = family.to_distribution(leaf_natural).rsample((count,))
+        gradients = gradients_at(function, samples.detach().to(leaves_like.dtype), others, elements)
+
+        def along(cotangent: Tensor) -> Tensor:
+            return torch.autograd.grad(samples, leaf_natural, cotangent.detach() / count, retain_graph=True)[0]
+
+        direction = along(gradients.to(samples.dtype))
+        if count < 4 * family.num_parameters:
+            return family.natural_gradient(natural, direction)
+        points = samples.detach().requires_grad_()
+        statistics = family.sufficient_statistics(points)
+        columns = [
+            along(torch.autograd.grad(statistics[..., k].sum(), points, retain_graph=True)[0]) for k in range(family.num_parameters)
+        ]
+    return _solved(family, natural, torch.stack(columns, -1), direction)
 
 
-def score_function(family: ExponentialFamily, natural: Tensor, values: Tensor, leaves: Tensor) -> Tensor:
+def score_function(family: ExponentialFamily, natural: Tensor, values: Tensor, statistics: Tensor) -> Tensor:
     """∇_μ E f = F(λ)⁻¹ Cov_q[T(u), f(u)], f centred: no gradient of f is needed.
 
-    `values` (S,) or (S, *batch), `leaves` (S, *batch, *event).
+    `values` (S,) or (S, *batch), `statistics` T(u) (S, *batch, p).  F = Cov T is taken over the same draws where they are many enough,
+    which makes this the linear regression of f on T (Salimans and Knowles 2013).
     """
-    statistics = family.sufficient_statistics(leaves)
+    count = values.shape[0]
     centred = values - values.mean(0)
     centred = centred.reshape(*centred.shape, *[1] * (statistics.dim() - centred.dim()))
-    covariance = (centred * (statistics - statistics.mean(0))).sum(0) / max(values.shape[0] - 1, 1)
-    return family.natural_gradient(natural, covariance)
+    spread = statistics - statistics.mean(0)
+    covariance = (centred * spread).sum(0) / max(count - 1, 1)
+    if count < 4 * family.num_parameters:
+        return family.natural_gradient(natural, covariance)
+    fisher = torch.einsum("s...i,s...j->...ij", spread, spread) / (count - 1)
+    return _solved(family, natural, fisher, covariance)
 
 
-def batched(function: Callable[..., Any], leaves: Tensor, others: Any) -> Any:
-    """`function` over the leading dim of its arguments: one batched call, or a loop where an operation cannot be batched."""
+def _solved(family: ExponentialFamily, natural: Tensor, fisher: Tensor, gradient: Tensor) -> Tensor:
+    """F̂⁻¹ g; with the family's own F where the estimate F̂ is not positive definite."""
+    white = torch.linalg.cholesky_ex(0.5 * (fisher + fisher.mT))[1] == 0
+    safe = torch.where(white[..., None, None], fisher, torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device))
+    solved = torch.linalg.solve_ex(safe, gradient.unsqueeze(-1))[0].squeeze(-1)
+    usable = (white & solved.isfinite().all(-1)).unsqueeze(-1)
+    if bool(usable.all()):
+        return solved
+    return torch.where(usable, solved, family.natural_gradient(natural, gradient))
+
+
+def enumerated(function: Function, num_states: int, leaves: Tensor, others: Any) -> Tensor:
+    """E[f | state k of element e] for every batch element of a discrete block, (*batch, K), over stacked draws of the rest."""
+    batch = leaves.shape[1:]
+    table = torch.zeros(batch.numel(), num_states, dtype=torch.float64, device=leaves.device)
+    for s in range(leaves.shape[0]):
+        for e in range(batch.numel()):
+            for k in range(num_states):
+                leaf = leaves[s].flatten().clone()
+                leaf[e] = k
+                table[e, k] += function(leaf.reshape(batch), _row(others, s)).double() / leaves.shape[0]
+    return table.reshape(*batch, num_states)
+
+
+# -- batches of draws ---------------------------------------------------------------------------------------------------
+
+
+def batched(
+    function: Callable[..., Any],
+    leaves: Tensor,
+    others: Any,
+    elements: int = 0,
+    one_by_one: Callable[..., Any] | None = None,
+) -> Any:
+    """`function` over the leading dim of its arguments: one batched call, or a loop where an operation cannot be batched.
+
+    `elements` counts the numbers in the largest intermediate result of one call: as many draws are taken at once as memory allows.
+    `one_by_one` is what the loop calls instead.
+    """
+    count = leaves.shape[0]
+    chunk = max(1, _BUDGET // max(elements, leaves[:1].numel(), 1))
     try:
-        return vmap(function, randomness="same", chunk_size=_chunk(leaves))(leaves, others)
+        return vmap(function, randomness="same", chunk_size=chunk if chunk < count else None)(leaves, others)
     except (RuntimeError, ValueError, NotImplementedError):
-        count = leaves.shape[0]
-        rows = [function(leaves[s], _row(others, s)) for s in range(count)]
+        rows = [(one_by_one or function)(leaves[s], _row(others, s)) for s in range(count)]
         if isinstance(rows[0], Tensor):
             return torch.stack(rows)
         return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
 
 
-def _chunk(leaves: Tensor) -> int | None:
-    size = leaves[0].numel() if leaves.shape[0] else 1
-    return max(1, 2_000_000 // size) if size * leaves.shape[0] > 2_000_000 else None
-
-
 def _row(tree: Any, index: int) -> Any:
     if isinstance(tree, dict):
         return {key: _row(value, index) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_row(value, index) for value in tree)
     return tree[index]
-
-

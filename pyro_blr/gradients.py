@@ -14,9 +14,9 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent
+from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.explain import Explanation
 from pyro_blr.program import Program
-from pyro_blr.targets import Draws, fresh_seed
 
 __all__ = ["GuideFit", "OrdinaryGradients", "ParameterUpdate", "check_loss"]
 

@@ -18,6 +18,7 @@ from pyro_blr.posterior import Posterior
 from pyro_blr.program import Program, Programs
 from pyro_blr.runs import Run
 from pyro_blr.starts import apply_init
+from pyro_blr.steps import take_step
 from pyro_blr.symmetry import broken_start
 
 __all__ = ["BLRInference"]
@@ -87,7 +88,7 @@ class BLRInference:
             program = self._program(args, kwargs)
             ascent = self._ascent(program)
             loss = -ascent.bound_before()
-            ascent.step(self._num_steps)
+            take_step(ascent, self._num_steps)
             self._commit(ascent)
             self._parameters.step(program, ascent)
             self._num_steps += 1

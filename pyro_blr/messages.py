@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,10 @@ class Messages:
     def exact_message(self, block: str, natural: Tensor, moments: Moments, factors: Iterable[str] | None = None) -> Tensor:
         """Σ_f s_f ∇_μ E_q[log f] over the block's exact factors, in closed form; shape of λ."""
         factors = [name for name in self.factors_of[block] if self.plans[name].exact] if factors is None else factors
+        if self.blocks[block].is_discrete:
+            with torch.no_grad():
+                scores = self.state_table(block, moments, factors).to(natural.dtype)
+                return self.blocks[block].family.message(natural, {"probs": scores})
         leaves = {key: value.detach().requires_grad_() for key, value in moments[block].items()}
         with torch.enable_grad():
             total = self.expected_log_prob(factors, {**moments, block: leaves})
@@ -103,10 +108,10 @@ class Messages:
 
     def state_table(self, block: str, moments: Moments, factors: Iterable[str]) -> Tensor:
         """Σ_f s_f E_q[log f | state], (*batch, K): the gradient in the probabilities of a discrete block."""
-        probs = moments[block]["probs"].detach().requires_grad_()
-        with torch.enable_grad():
-            total = self.expected_log_prob(factors, {**moments, block: {"probs": probs}})
-            return torch.autograd.grad(total, probs)[0]
+        total = torch.zeros_like(moments[block]["probs"])
+        for name in factors:
+            total = total + self.averages[name].state_scores(block, moments)
+        return total
 
     def average_over(self, factors: Sequence[str], moments: Moments, leaves: Mapping[str, Tensor]) -> Tensor:
         """Σ_f s_f E_q[log f] given each of the stacked draws `leaves`; shape (S,)."""
@@ -119,7 +124,21 @@ class Messages:
             lambda leaf, other: self.expected_log_prob(factors, moments, {**other, names[0]: leaf}),
             leaves[names[0]],
             {name: leaves[name] for name in names[1:]},
+            self.elements(factors),
         )
+
+    def elements(self, factors: Iterable[str]) -> int:
+        """The numbers in the largest intermediate result of one evaluation of the factors."""
+        largest = 1
+        for name in factors:
+            factor = self.plans[name].factor
+            made = factor.constructed
+            outputs = [factor.value, factor.scale, factor.mask, *(made.arguments.values() if made is not None else ())]
+            outputs += [argument.ref for argument in self.plans[name].arguments]
+            shapes = [self.graph.tape.nodes[index].shape or () for index in self.graph.tape.needed(outputs)]
+            states = math.prod(self.blocks[block].num_states for block in self.plans[name].enumerated)
+            largest = max(largest, states * max(map(math.prod, [factor.distribution.shape(), *shapes])))
+        return largest
 
     def entropy(self, naturals: Mapping[str, Tensor], silent: Mapping[str, Tensor] | None = None) -> Tensor:
         """Σ_i s_i H(q_i), in the block's own variable, without silent elements; a float64 scalar."""

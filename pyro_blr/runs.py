@@ -10,14 +10,18 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_blr.ascent import Ascent
+from pyro_blr.climbs import climb, newton_start
+from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.gradients import ParameterUpdate
 from pyro_blr.program import Program
-from pyro_blr.targets import Draws, fresh_seed
+from pyro_blr.steps import take_step
 
 __all__ = ["Run"]
 
 CALM_SWEEPS = 10  # consecutive sweeps that the remaining gain must stay small for
-LEVELS = (64, 256, 1024)  # draws; each level starts from the optimum of the one before
+LEVELS = (64, 256, 1024, 4096)  # draws; each level starts from the optimum of the one before
+REPLAYED_LEVELS = (64, 256)  # the same where every draw runs the model again
+LEVEL_STEPS = 100
 
 
 class Run:
@@ -102,52 +106,31 @@ class Run:
     # -- sampled --------------------------------------------------------------------------------------------------------
 
     def _sampled(self) -> None:
-        """Newton-like steps on draws that stay fixed, more draws at every level; each step is halved while the bound falls."""
-        seed = fresh_seed()
-        self._climb(Draws(seed, 0), 1e-2, limit=30)
-        for level, size in enumerate(LEVELS):
+        """Newton-like steps on draws that stay fixed, four times as many draws at every level, until these no longer matter."""
+        seed, tol = fresh_seed(), max(self.tol, 1e-6)
+        if self.first_step == 0:
+            newton_start(self.ascent)
+        replayed = any(plan.replayed for plan in self.program.plans.values())
+        levels = REPLAYED_LEVELS if replayed else LEVELS
+        climbed = None
+        for level, size in enumerate(levels):
+            climbed = climb(self.ascent, Draws(seed + level, size), tol, LEVEL_STEPS, self._tock)
             if self.num_steps >= self.max_steps:
-                return
-            done = self._climb(Draws(seed + level, size), max(self.tol, 1e-6), limit=60)
-        if done:
-            self._stop(f"the bound on {LEVELS[-1]} fixed draws changed by less than {max(self.tol, 1e-6):g} nats in a sweep")
-
-    def _climb(self, draws: Draws, tol: float, limit: int) -> bool:
-        ascent = self.ascent
-        self._first_updates(draws)
-        bound = ascent.estimate(draws)[0]
-        rate = 1.0
-        for _ in range(limit):
-            if self.num_steps >= self.max_steps:
-                return False
-            start, best = ascent.beliefs.copy(), -math.inf
-            for _ in range(12):
-                ascent.beliefs = start.copy()
-                ascent.sweep(None, draws, rate)
-                best = self._try_bound(draws)
-                if best >= bound - 1e-9 * max(1.0, abs(bound)):
-                    break
-                rate *= 0.5
+                break
+            if climbed.converged and climbed.first < tol and level > 0:
+                self._stop(f"the optima on {levels[level - 1]} and on {size} fixed draws agree to tol={tol:g} nats")
+                break
+        else:
+            assert climbed is not None
+            if climbed.converged:
+                self._stop(f"the remaining distance on {size} fixed draws is below tol={tol:g} nats; fewer draws differ by {climbed.first:.2g}")
             else:
-                ascent.beliefs = start
-                self._tick(bound)
-                return True
-            self._tick(best)
-            if abs(best - bound) < tol and rate == 1.0:
-                return True
-            bound, rate = best, min(1.0, rate * 2)
-        return False
+                self.stop_reason = f"the steps on {size} fixed draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
+        self.ascent.measure(Draws(fresh_seed(), levels[-1]))
 
-    def _first_updates(self, draws: Draws) -> None:
-        for name in list(self.ascent.order):
-            if name in self.ascent.beliefs.points:
-                self.ascent.sweep([name], draws, 1.0)
-
-    def _try_bound(self, draws: Draws) -> float:
-        try:
-            return self.ascent.estimate(draws)[0]
-        except ValueError:  # not finite there: too long a step
-            return -math.inf
+    def _tock(self, bound: float) -> bool:
+        self._tick(bound)
+        return self.num_steps < self.max_steps
 
     # -- minibatches and parameters -------------------------------------------------------------------------------------
 
@@ -155,7 +138,7 @@ class Run:
         """Steps on fresh runs of the model, until the running mean of the bound has stopped rising beyond its noise."""
         window = 50
         for number in range(self.max_steps):
-            self.ascent.step(self.first_step + number)
+            take_step(self.ascent, self.first_step + number)
             self.commit(self.ascent)
             parameters.step(self.program, self.ascent)
             self._tick(self.ascent.bound_before())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,51 +10,15 @@ from torch import Tensor
 
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import Block, is_gaussian
-from pyro_blr.estimators import (
-    bonnet_price,
-    gaussian_leaves,
-    reparameterised,
-    score_function,
-    standard_normal_draws,
-)
+from pyro_blr.draws import Draws
+from pyro_blr.estimators import batched, bonnet_price, enumerated, reparameterised, score_function
 from pyro_blr.graph import isolated_random_state
 from pyro_blr.messages import Messages
 
-__all__ = ["Draws", "Targets", "fresh_seed"]
+__all__ = ["Targets"]
 
-
-def fresh_seed() -> int:
-    """A seed from torch's global generator."""
-    return int(torch.randint(2**31 - 1, ()).item())
-
-
-@dataclass
-class Draws:
-    """Draws that stay fixed while steps are judged: one seed, `size` draws a block; none (`size` 0) is the delta method."""
-
-    seed: int
-    size: int
-    _noise: dict[str, Tensor] = field(default_factory=dict)
-
-    def leaves(self, block: Block, beliefs: Beliefs) -> Tensor:
-        """(size, *leaf) draws of a block's own variable."""
-        moments = beliefs.moments[block.name]
-        if is_gaussian(block.family):
-            if self.size == 0:
-                return moments["mean"].unsqueeze(0)
-            shape = moments["mean"].shape
-            noise = self._noise.get(block.name)
-            if noise is None or noise.shape[1:] != shape:
-                seed = (self.seed + sum(map(ord, block.name))) % (2**31)
-                noise = standard_normal_draws(self.size, max(shape.numel(), 1), seed, moments["mean"].dtype, moments["mean"].device)
-                noise = self._noise[block.name] = noise.reshape(self.size, *shape)
-            return gaussian_leaves(moments, noise)
-        with isolated_random_state(self.seed):
-            distribution = block.family.to_distribution(beliefs.naturals[block.name])
-            sample = distribution.sample((max(self.size, 1),))
-        if block.is_discrete:
-            return sample
-        return sample.to(block.dtype)
+_REPLAYED_STATES = 64  # runs of the model that enumerating a discrete block may take for one draw of the others
+_REPLAYED_RUNS = 512  # and for all draws together
 
 
 class Targets:
@@ -64,6 +27,8 @@ class Targets:
     def __init__(self, messages: Messages):
         self.messages, self.blocks = messages, messages.blocks
         self._flows: dict[str, bool] = {}
+        self._controls: dict[str, dict[str, Tensor]] = {}
+        self._every = tuple(dict.fromkeys(b for plan in messages.plans.values() for b in plan.sampled))
 
     def exact(self, name: str, beliefs: Beliefs) -> Tensor:
         """The target from the block's exact factors alone."""
@@ -73,7 +38,8 @@ class Targets:
 
     def _share(self, name: str, natural: Tensor, message: Tensor) -> Tensor:
         """Divides by s_i; an element that its own mask silences, and nothing else speaks of, keeps its λ."""
-        target = message / self.blocks[name].scale
+        scale = self.blocks[name].scale
+        target = message if scale == 1.0 else message / scale
         masked = self.messages.masked(name)
         if masked is None:
             return target
@@ -119,18 +85,24 @@ class Targets:
         return self._share(name, natural, message)
 
     def sampled_message(self, name: str, beliefs: Beliefs, draws: Draws) -> Tensor:
-        messages = self.messages
-        factors = messages.sampled_factors(name)
-        drawn = {b for f in factors for b in messages.plans[f].sampled}
-        leaves = {b: draws.leaves(self.blocks[b], beliefs) for b in drawn}
-        if name not in drawn:
-            return self._given_draws(name, beliefs, factors, leaves)
-        pieces = [f for f in factors if name in messages.plans[f].sampled]
-        given = [f for f in factors if name not in messages.plans[f].sampled]
-        message = self._through_draws(name, beliefs, pieces, leaves, draws)
+        """Σ_f s_f ∇_μ E_q[log f] over the block's factors that need draws, of this block or of others."""
+        plans = self.messages.plans
+        factors = self.messages.sampled_factors(name)
+        leaves = self._leaves(factors, beliefs, draws)
+        pieces = [f for f in factors if name in plans[f].sampled]
+        given = [f for f in factors if name not in plans[f].sampled]
+        message = torch.zeros_like(beliefs.naturals[name])
+        if pieces:
+            message = message + self._through_draws(name, beliefs, pieces, leaves, draws)
         if given:
             message = message + self._given_draws(name, beliefs, given, leaves)
         return message
+
+    def _leaves(self, factors: Sequence[str], beliefs: Beliefs, draws: Draws) -> dict[str, Tensor]:
+        drawn = list(dict.fromkeys(b for f in factors for b in self.messages.plans[f].sampled))
+        leaves = draws.leaves(self.blocks, drawn, beliefs, self._every)
+        count = max((leaf.shape[0] for leaf in leaves.values()), default=1)
+        return {b: leaf if leaf.shape[0] == count else leaf[:1].expand(count, *leaf.shape[1:]) for b, leaf in leaves.items()}
 
     def _given_draws(self, name: str, beliefs: Beliefs, factors: list[str], leaves: Mapping[str, Tensor]) -> Tensor:
         """Closed form in this block for each draw of the others; the average over the draws."""
@@ -144,10 +116,10 @@ class Targets:
     def _through_draws(
         self, name: str, beliefs: Beliefs, factors: list[str], leaves: Mapping[str, Tensor], draws: Draws
     ) -> Tensor:
-        messages, block = self.messages, self.blocks[name]
-        natural = beliefs.naturals[name]
+        messages, block, natural = self.messages, self.blocks[name], beliefs.naturals[name]
         mine = leaves[name]
-        others = {b: _repeated(leaf, mine.shape[0]) for b, leaf in leaves.items() if b != name}
+        others = {b: leaf for b, leaf in leaves.items() if b != name}
+        elements = messages.elements(factors)
 
         def function(leaf: Tensor, other: Any) -> Tensor:
             total = messages.expected_log_prob(factors, beliefs.moments, {**other, name: leaf})
@@ -156,24 +128,42 @@ class Targets:
                 total = total + block.scale * jacobian.sum(dtype=torch.float64)
             return total.to(leaf.dtype) if leaf.is_floating_point() else total
 
-        if block.is_discrete or not self._gradient_flows(name, function, mine, others):
+        if block.is_discrete:
+            return self._discrete_message(name, natural, function, mine, others)
+        if not self._gradient_flows(name, function, mine, others):
             values = torch.stack([function(mine[s], _at(others, s)) for s in range(mine.shape[0])])
-            return score_function(block.family, natural, values.detach().to(natural.dtype), mine)
+            return score_function(block.family, natural, values.detach().to(natural.dtype), block.statistics(mine).to(natural.dtype))
         if is_gaussian(block.family):
-            _, gradients = bonnet_price(function, beliefs.moments[name], mine, others, draws.seed)
+            gradients = bonnet_price(function, beliefs.moments[name], mine, others, draws.seed, elements)
+            self._controls[name] = gradients
             return block.family.message(natural, {key: g.double() for key, g in gradients.items()})
-        with isolated_random_state(draws.seed):
-            return reparameterised(function, block.family, natural, mine.shape[0], others)[1]
+        with isolated_random_state(draws.seed_of(name)):
+            message = reparameterised(function, block.family, natural, mine, others, elements)
+        self._controls[name] = {"statistics": message}
+        return message
+
+    def _discrete_message(self, name: str, natural: Tensor, function: Callable, mine: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+        """A discrete block that only runs of the model can evaluate: every state of every element where that is cheap."""
+        block = self.blocks[name]
+        runs = mine[0].numel() * block.num_states
+        if runs <= _REPLAYED_STATES and not block.family.event_shape:
+            count = min(mine.shape[0], -(-_REPLAYED_RUNS // runs)) if others or mine[0].numel() > 1 else 1
+            kept = {other: leaf[:count] for other, leaf in others.items()}
+            with torch.no_grad():
+                table = enumerated(function, block.num_states, mine[:count], kept)
+            return block.family.message(natural, {"probs": table.to(natural.dtype)})
+        values = torch.stack([function(mine[s], _at(others, s)) for s in range(mine.shape[0])])
+        statistics = block.family.sufficient_statistics(mine).to(natural.dtype)
+        return score_function(block.family, natural, values.detach().to(natural.dtype), statistics)
 
     def _gradient_flows(self, name: str, function: Callable, mine: Tensor, others: Mapping[str, Tensor]) -> bool:
         """Whether autograd's derivative along a random direction is the function's own (a latent may have left torch)."""
         if not any(self.messages.plans[f].replayed for f in self.messages.sampled_factors(name)):
             return True
         if name not in self._flows:
-            leaf = mine[0].detach().double() if mine[0].is_floating_point() else mine[0]
+            leaf = mine[0].detach().requires_grad_()
             generator = torch.Generator().manual_seed(7)
             direction = torch.randn(tuple(leaf.shape), generator=generator, dtype=torch.float64).to(leaf)
-            leaf = mine[0].detach().requires_grad_()
             with torch.enable_grad():
                 value = function(leaf, _at(others, 0))
                 gradient = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
@@ -181,25 +171,56 @@ class Targets:
                 self._flows[name] = False
             else:
                 step = 1e-4 if leaf.dtype == torch.float64 else 1e-2
-                ends = [function(leaf.detach() + t * step * direction.to(leaf), _at(others, 0)) for t in (1, -1)]
+                ends = [function(leaf.detach() + t * step * direction, _at(others, 0)) for t in (1, -1)]
                 slope = float((ends[0] - ends[1]) / (2 * step))
-                mine_slope = float((gradient * direction.to(gradient)).sum())
-                self._flows[name] = abs(slope - mine_slope) <= 1e-2 * max(abs(slope), abs(mine_slope), 1e-6)
+                claimed = float((gradient * direction).sum())
+                self._flows[name] = abs(slope - claimed) <= 1e-2 * max(abs(slope), abs(claimed), 1e-6)
         return self._flows[name]
 
-    def sampled_bound(self, beliefs: Beliefs, draws: Draws) -> Tensor:
-        """One estimate of Σ_f s_f log f over the sampled factors for each draw, log-Jacobians included; shape (S,)."""
+    def sampled_bound(
+        self, beliefs: Beliefs, draws: Draws, factors: Sequence[str] | None = None, controlled: bool = False
+    ) -> Tensor:
+        """Estimates of Σ_f s_f log f over the sampled factors, log-Jacobians included, one for each draw; shape (S,).
+
+        `controlled` subtracts the blocks' last messages, ⟨m, T(u) − μ⟩, which average to zero: what is left is almost constant.
+        """
         messages = self.messages
-        factors = [name for name, plan in messages.plans.items() if not plan.exact]
-        drawn = {b for f in factors for b in messages.plans[f].sampled}
-        leaves = {b: draws.leaves(self.blocks[b], beliefs) for b in drawn}
+        if factors is None:
+            factors = [name for name, plan in messages.plans.items() if not plan.exact]
+        leaves = self._leaves(factors, beliefs, draws)
         values = messages.average_over(factors, beliefs.moments, leaves)
-        for name in drawn:
-            jacobian = self.blocks[name].log_jacobian(leaves[name][0])
-            if jacobian is not None:
-                each = torch.stack([self.blocks[name].log_jacobian(leaf).sum(dtype=torch.float64) for leaf in leaves[name]])
-                values = values + self.blocks[name].scale * each
+        for name, leaf in leaves.items():
+            block = self.blocks[name]
+            if block.log_jacobian(leaf[0]) is not None:
+                jacobian = batched(lambda u, _, block=block: block.log_jacobian(u).sum(dtype=torch.float64), leaf, {})
+                values = values + block.scale * jacobian
+            if controlled and name in self._controls:
+                values = values - self._control(name, beliefs, leaf)
         return values
+
+    def _control(self, name: str, beliefs: Beliefs, leaf: Tensor) -> Tensor:
+        control, moments = self._controls[name], beliefs.moments[name]
+        if "statistics" in control:
+            family, natural = self.blocks[name].family, beliefs.naturals[name]
+            spread = family.sufficient_statistics(leaf.to(natural.dtype)) - family.to_expectation(natural)
+            return (spread * control["statistics"]).flatten(1).sum(-1)
+        apart = leaf - moments["mean"]
+        linear = apart * control["mean"]
+        if "covariance" in control:
+            quadratic = (apart @ control["covariance"] if apart.dim() == 2 else (control["covariance"] @ apart.unsqueeze(-1)).squeeze(-1)) * apart
+            constant = (control["covariance"] * moments["covariance"]).sum(dtype=torch.float64)
+        else:
+            quadratic = apart.square() * control["variance"]
+            constant = (control["variance"] * moments["variance"]).sum(dtype=torch.float64)
+        return (linear + quadratic).flatten(1).sum(-1, dtype=torch.float64) - constant
+
+    def at_mean(self, name: str, beliefs: Beliefs) -> float:
+        """Σ_f s_f E[log f | u = its mean] over a Gaussian block's factors, E over the other blocks: what Newton's method climbs."""
+        narrow = beliefs.copy()
+        narrow.set_moments(name, {key: v if key == "mean" else torch.zeros_like(v) for key, v in beliefs.wide[name].items()})
+        exact = [f for f in self.messages.factors_of[name] if self.messages.plans[f].exact]
+        total = self.messages.expected_log_prob(exact, narrow.wide)
+        return float(total + self.sampled_bound(narrow, Draws(0, 0), self.messages.sampled_factors(name)).mean())
 
 
 def _gaussian_natural(family: Any, mean: Tensor, moments: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -210,10 +231,6 @@ def _gaussian_natural(family: Any, mean: Tensor, moments: Mapping[str, Tensor], 
     else:
         first = (mean / moments["variance"]).unsqueeze(-1)
     return torch.cat([first, like[..., first.shape[-1] :]], -1)
-
-
-def _repeated(leaf: Tensor, count: int) -> Tensor:
-    return leaf if leaf.shape[0] == count else leaf[:1].expand(count, *leaf.shape[1:])
 
 
 def _at(tree: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

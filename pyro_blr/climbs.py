@@ -1,0 +1,162 @@
+"""Climbing a bound that is estimated from draws: a Newton search for where to start, then steps on draws that stay fixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_blr.ascent import Ascent
+from pyro_blr.beliefs import Beliefs
+from pyro_blr.blocks import is_gaussian
+from pyro_blr.checks import ImproperPosteriorError
+from pyro_blr.draws import Draws
+from pyro_blr.estimators import standard_error
+
+__all__ = ["Climb", "climb", "guarded_sweep", "newton_start"]
+
+_HALVINGS = 12
+_NEWTON_STEPS = 30
+_NEWTON_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Climb:
+    """How a climb on fixed draws went: `first` and `last` are its steps' remaining distances to the fixed point in nats."""
+
+    converged: bool
+    first: float
+    last: float
+
+
+def newton_start(ascent: Ascent) -> None:
+    """Gaussian blocks to a mode of E[log f | their mean] and its curvature, exact blocks to their optimum given these.
+
+    E_q of an exponential under a vague prior overflows; at the mean it does not.
+    """
+    messages = ascent.program.messages
+    sampled = [n for n in ascent.order if not messages.is_exact(n) and is_gaussian(ascent.program.blocks[n].family)]
+    if not sampled:
+        return
+    for _ in range(_NEWTON_ROUNDS if len(ascent.order) > 1 else 1):
+        for name in ascent.order:
+            if messages.is_exact(name):
+                ascent.sweep([name])
+            elif name in sampled:
+                _newton(ascent, name)
+
+
+def _newton(ascent: Ascent, name: str) -> None:
+    """Damped Newton's method on one block's mean: at most `_NEWTON_STEPS`, each halved while the log density there falls."""
+    draws, rate = Draws(0, 0), 1.0
+    height = _height(ascent, name)
+    for _ in range(_NEWTON_STEPS):
+        start = ascent.beliefs
+        try:
+            target = ascent.target(name, draws)
+        except ImproperPosteriorError:
+            return
+        if not bool(torch.isfinite(target).all()):
+            return
+        for _ in range(_HALVINGS):
+            ascent.beliefs = start.copy()
+            ascent.move(name, target, rate)
+            reached = _height(ascent, name)
+            if reached >= height - 1e-9 * abs(height) or not math.isfinite(height):
+                break
+            rate *= 0.5
+        else:
+            ascent.beliefs = start
+            return
+        if abs(reached - height) < 1e-3 and rate == 1.0:
+            return
+        height, rate = reached, min(1.0, 2 * rate)
+
+
+def _height(ascent: Ascent, name: str) -> float:
+    value = ascent.targets.at_mean(name, ascent.beliefs)
+    return value if not math.isnan(value) else -math.inf
+
+
+def climb(ascent: Ascent, draws: Draws, tol: float, limit: int, tick: Callable[[float], bool]) -> Climb:
+    """Sweeps on fixed draws until the extrapolated remaining distance, Σ_i s_i KL, is below `tol` nats.
+
+    A sweep is halved while the bound falls by more than the draws' own noise.  `tick` is told the bound after every sweep, and says
+    whether there may be another.
+    """
+    first, previous, rate, ceiling, stalls = math.inf, math.inf, 1.0, 1.0, 0
+    values: Tensor | None = None if ascent.beliefs.points else ascent.finite_estimates(draws)
+    remaining = math.inf
+    for number in range(limit):
+        moved = guarded_sweep(ascent, draws, rate, values)
+        if moved is None:
+            return Climb(remaining < 10 * tol, min(first, remaining), remaining)
+        values, distance, rate = moved
+        remaining = distance * extrapolation(previous, distance)
+        first = distance if number == 0 else first
+        more = tick(float(values.mean()))
+        if remaining < tol or distance < 1e-3 * tol:
+            return Climb(True, first, remaining)
+        if not more:
+            break
+        stalls = stalls + 1 if distance >= 0.9 * previous else 0
+        if stalls >= 2:
+            ceiling, stalls = max(0.5 * ceiling, 1 / 64), 0
+        previous, rate = distance, min(ceiling, 2 * rate)
+    return Climb(False, first, remaining)
+
+
+def extrapolation(previous: float, distance: float) -> float:
+    """(r / (1 − r))², at least 1, for steps that shrink by r: all steps to come together, in the units of the square of one."""
+    if not math.isfinite(previous):
+        return 1.0
+    ratio = math.sqrt(distance / previous) if previous > 0 else 0.0
+    return max(1.0, (ratio / (1 - ratio)) ** 2) if ratio < 1 else math.inf
+
+
+def guarded_sweep(
+    ascent: Ascent, draws: Draws, rate: float, before: Tensor | None, names: list[str] | None = None
+) -> tuple[Tensor, float, float] | None:
+    """A sweep at the rate, halved while the bound falls: (the bound's estimates, Σ_i s_i KL a full step, the rate); None where none holds."""
+    start = ascent.beliefs
+    for _ in range(_HALVINGS):
+        ascent.beliefs = start.copy()
+        try:
+            _sweep(ascent, names, draws, rate)
+            after = ascent.finite_estimates(draws)
+        except ImproperPosteriorError:
+            if before is None:
+                raise
+            after = None
+        if after is not None and (before is None or _holds(before, after)):
+            return after, moved_nats(ascent, start) / rate**2, rate
+        rate *= 0.5
+    ascent.beliefs = start
+    return None
+
+
+def _sweep(ascent: Ascent, names: list[str] | None, draws: Draws, rate: float) -> None:
+    """On full data exact blocks take full steps."""
+    program = ascent.program
+    for name in ascent.order if names is None else names:
+        whole = program.messages.is_exact(name) and not program.is_subsampled
+        ascent.sweep([name], draws, 1.0 if whole else rate)
+
+
+def _holds(before: Tensor, after: Tensor) -> bool:
+    gain = after - before if after.shape == before.shape else after.mean() - before.mean().unsqueeze(0)
+    return float(gain.mean()) >= -standard_error(gain) - 1e-9 * max(1.0, abs(float(before.mean())))
+
+
+def moved_nats(ascent: Ascent, start: Beliefs) -> float:
+    """Σ_i s_i KL(q_i ‖ q_i before)."""
+    total = 0.0
+    for name, block in ascent.program.blocks.items():
+        new, old = ascent.beliefs.naturals[name], start.naturals[name]
+        if new is not old:
+            kl = float(block.scale * block.family.kl(new, old).sum(dtype=torch.float64))
+            total += max(kl, 0.0) if math.isfinite(kl) else math.inf
+    return total

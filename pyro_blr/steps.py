@@ -1,0 +1,56 @@
+"""One step, as SVI takes it: a sweep on fresh draws or on a minibatch, at a rate that shrinks so that the noise averages out."""
+
+from __future__ import annotations
+
+import math
+
+from pyro_blr.ascent import Ascent
+from pyro_blr.climbs import guarded_sweep, newton_start
+from pyro_blr.draws import Draws, fresh_seed
+from pyro_blr.rules import RobbinsMonro
+
+__all__ = ["take_step"]
+
+NUM_DRAWS = 32
+LOCAL_SWEEPS = 50  # sweeps over local blocks at most, before a global step on a minibatch
+FULL_STEPS = 5  # steps at ρ = 1 before the rate shrinks, on full data
+
+schedule = RobbinsMonro(delay=1.0, decay=0.6)
+
+
+def take_step(ascent: Ascent, number: int) -> None:
+    """A full sweep; on a minibatch locals go to their optimum first, and globals move by ρ_t."""
+    program = ascent.program
+    if program.is_exact and not program.is_subsampled:
+        ascent.sweep()
+        return
+    draws = None if program.is_exact else Draws(fresh_seed(), NUM_DRAWS)
+    if number == 0 and draws is not None:
+        newton_start(ascent)
+    local = [name for name in ascent.order if name in program.local_blocks()] if program.is_subsampled else []
+    if program.is_subsampled:
+        _optimise_locals(ascent, local, draws)
+        rate = schedule.rate(number)
+    else:
+        rate = 1.0 if number < FULL_STEPS else schedule.rate(number - FULL_STEPS + 1)
+    names = [name for name in ascent.order if name not in local]
+    if draws is None:
+        ascent.sweep(names, None, rate)
+    else:
+        guarded_sweep(ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names)
+
+
+def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> None:
+    """Local blocks to their optimum given the globals."""
+    previous = -math.inf
+    for _ in range(LOCAL_SWEEPS if len(local) > 1 or draws is not None else 1):
+        if draws is None:
+            ascent.sweep(local)
+        else:
+            guarded_sweep(ascent, draws, 1.0, None if ascent.beliefs.points else ascent.finite_estimates(draws), local)
+        if ascent.beliefs.points:
+            continue
+        bound = ascent.estimate(draws)[0]
+        if abs(bound - previous) <= 1e-6 * max(1.0, abs(bound)):
+            break
+        previous = bound
