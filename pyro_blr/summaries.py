@@ -94,7 +94,8 @@ def _accumulate(
     columns: list[Tensor], residual: Tensor, weights: Tensor, shape: torch.Size, wide: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = shape.numel()
-    flat = [c.expand(c.shape[0], *shape).reshape(c.shape[0], total) if c.shape[1:] != shape else c.reshape(c.shape[0], -1) for c in columns]
+    columns = [c.reshape(c.shape[0], *[1] * (len(shape) - c.dim() + 1), *c.shape[1:]) for c in columns]
+    flat = [c.expand(c.shape[0], *shape).reshape(c.shape[0], total) for c in columns]
     residual = residual.expand(shape).reshape(total)
     uniform = weights.numel() == 1
     row_weights = None if uniform else weights.expand(shape).reshape(total)

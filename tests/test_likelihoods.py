@@ -92,6 +92,14 @@ def total(shape: tuple[int, ...]) -> Tensor:
     return 7 + count(shape)
 
 
+def below(shape: tuple[int, ...]) -> Tensor:
+    return -positive(shape)
+
+
+def above(shape: tuple[int, ...]) -> Tensor:
+    return 1 + positive(shape)
+
+
 def counts(shape: tuple[int, ...]) -> Tensor:
     return dist.Multinomial(7, torch.ones(*shape, 3)).sample()
 
@@ -141,6 +149,7 @@ ROWS = [
     Row(dist.Multinomial, counts, {"probs": unnormalised}),
     Row(dist.Multinomial, counts, {"logits": vector}),
     Row(dist.Beta, unit, {"concentration1": positive, "concentration0": positive}),
+    Row(dist.Uniform, unit, {"low": below, "high": above}),
     Row(dist.Dirichlet, simplex, {"concentration": unnormalised}),
     Row(dist.Wishart, definite, {"df": degrees, "covariance_matrix": definite}),
     Row(dist.Wishart, definite, {"df": degrees, "precision_matrix": definite}),
@@ -353,5 +362,5 @@ def test_subclasses() -> None:
 
     assert isinstance(likelihood_of(Plain), Normal)
     assert isinstance(likelihood_of(torch.distributions.Normal), Normal)
-    for other in (Shifted, Standard, dist.ExtendedBinomial, dist.HalfNormal, dist.Uniform, dist.Delta):
+    for other in (Shifted, Standard, dist.ExtendedBinomial, dist.HalfNormal, dist.Cauchy, dist.Delta):
         assert likelihood_of(other) is None
