@@ -427,6 +427,8 @@ def unwrap(distribution: Any) -> tuple[Any, int, Any]:
             mask = distribution._mask if mask is None else torch.as_tensor(mask) & torch.as_tensor(distribution._mask)
         elif isinstance(distribution, torch.distributions.Independent):
             reinterpreted += distribution.reinterpreted_batch_ndims
+            if mask is not None and not isinstance(mask, bool):  # it was put on the whole event
+                mask = mask[(..., *[None] * distribution.reinterpreted_batch_ndims)]
         elif not isinstance(distribution, ExpandedDistribution):
             return distribution, reinterpreted, mask
         distribution = distribution.base_dist
