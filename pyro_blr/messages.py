@@ -109,9 +109,11 @@ class Messages:
     def state_table(self, block: str, moments: Moments, factors: Iterable[str]) -> Tensor:
         """Σ_f s_f E_q[log f | state], (*batch, K): the gradient in the probabilities of a discrete block."""
         total = torch.zeros_like(moments[block]["probs"])
+        replayed = [name for name in factors if self.plans[name].replayed]
         for name in factors:
-            total = total + self.averages[name].state_scores(block, moments)
-        return total
+            if name not in replayed:
+                total = total + self.averages[name].state_scores(block, moments)
+        return total + self.replays.state_scores(replayed, block, moments) if replayed else total
 
     def average_over(self, factors: Sequence[str], moments: Moments, leaves: Mapping[str, Tensor]) -> Tensor:
         """Σ_f s_f E_q[log f] given each of the stacked draws `leaves`; shape (S,)."""

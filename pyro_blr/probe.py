@@ -27,7 +27,7 @@ from pyro_blr.families import (
 )
 from pyro_blr.graph import FactorGraph, generic_value, isolated_random_state
 
-__all__ = ["Probe", "close", "leaf_point"]
+__all__ = ["Probe", "close", "leaf_point", "leaf_shape"]
 
 _ROWS = 12  # rows of a large plate that are enough to see a form
 _LARGE = 64  # plates beyond this size are cut
@@ -44,6 +44,13 @@ def close(a: Tensor, b: Tensor) -> bool:
         return False
     scale = torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30)
     return bool((a - b).abs().max() <= tolerance * scale)
+
+
+def leaf_shape(block: Block) -> tuple[int, ...]:
+    """The shape of the block's own variable."""
+    if isinstance(block.family, TransformedNormal):
+        return (*block.batch_shape, *block.family.base.event_shape)
+    return (*block.batch_shape, *block.family.event_shape)
 
 
 def leaf_point(family: ExponentialFamily, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -80,9 +87,7 @@ class Probe:
         return [cut for cut in cuts if cut] + [{}]
 
     def leaf_shape(self, block: Block) -> tuple[int, ...]:
-        if isinstance(block.family, TransformedNormal):
-            return (*block.batch_shape, *block.family.base.event_shape)
-        return (*block.batch_shape, *block.family.event_shape)
+        return leaf_shape(block)
 
     def point(self, block: Block) -> Tensor:
         return leaf_point(block.family, self.leaf_shape(block), self.generator)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_blr.blocks import Block, build_blocks
 from pyro_blr.conjugacy import PROVED, FactorPlan, analyse
 from pyro_blr.checks import check_graph
+from pyro_blr.enumeration import misaligned_factors
 from pyro_blr.graph import (
     FactorGraph,
     capture,
@@ -103,17 +104,28 @@ class Programs:
         check_graph(graph)
         blocks = build_blocks(graph, self.blocks)
         key = _structure(graph)
-        if key not in self._judged:
-            unfaithful = unfaithful_factors(self.model, args, kwargs, graph)
-            self._judged[key] = analyse(graph, blocks, unfaithful), unfaithful
-            plans = self._judged[key][0]
-        else:
-            judged, unfaithful = self._judged[key]
-            plans = analyse(graph, blocks, unfaithful, judged)
+
         def replay(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return replayed_log_probs(self.model, args, kwargs, graph, values)
 
-        return Program(trace, graph, blocks, plans, Messages(graph, blocks, plans, replay))
+        messages = self._messages(key, graph, blocks, args, kwargs, replay)
+        return Program(trace, graph, blocks, messages.plans, messages)
+
+    def _messages(
+        self, key: Any, graph: FactorGraph, blocks: Mapping[str, Block], args: tuple, kwargs: Mapping[str, Any], replay: Callable
+    ) -> Messages:
+        """Messages under the verdicts of an earlier run of the same structure, or under new ones."""
+        if key in self._judged:
+            judged, unfaithful = self._judged[key]
+            return Messages(graph, blocks, analyse(graph, blocks, unfaithful, judged), replay)
+        unfaithful = unfaithful_factors(self.model, args, kwargs, graph)
+        messages = Messages(graph, blocks, analyse(graph, blocks, unfaithful), replay)
+        misaligned = misaligned_factors(graph, blocks, messages.plans, messages.averages)
+        if misaligned:
+            unfaithful = {**unfaithful, **misaligned}
+            messages = Messages(graph, blocks, analyse(graph, blocks, unfaithful), replay)
+        self._judged[key] = messages.plans, unfaithful
+        return messages
 
 
 def _structure(graph: FactorGraph) -> tuple:

@@ -40,6 +40,12 @@ class Replays:
                 total = total + self._weight(enumerated, states, moments) * value
         return total
 
+    def state_scores(self, factors: Sequence[str], block: str, moments: Moments) -> Tensor:
+        """Σ_f s_f E_q[log f | state of a block], (*batch, K)."""
+        probs = moments[block]["probs"].detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(self.total(factors, {**moments, block: {"probs": probs}}, {}), probs)[0]
+
     def _runs(
         self, enumerated: tuple[str, ...], samples: Mapping[str, Tensor]
     ) -> Iterator[tuple[tuple[int, ...], Mapping[str, Tensor]]]:
