@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ __all__ = ["Beliefs"]
 class Beliefs:
     """λ and the moments that messages are differentiated in, in float64 (`wide`) and in the model's own precision (`moments`).
 
-    A block in `points` stands for a value T(z) until its first update (`init`).
+    A block in `points` stands for a value T(z) until its first update (`init`).  Moments are computed when they are asked for.
     """
 
     def __init__(
@@ -28,33 +28,59 @@ class Beliefs:
         self.blocks = blocks
         self.naturals = dict(naturals)
         self.points = dict(points or {})
-        self.wide: dict[str, dict[str, Tensor]] = {}
-        self.moments: dict[str, dict[str, Tensor]] = {}
-        for name, block in blocks.items():
-            if name in self.points:
-                self.set_moments(name, moments_at(block, self.points[name]))
-            else:
-                self._refresh(name)
+        self.wide = _Moments(self, narrow=False)
+        self.moments = _Moments(self, narrow=True)
 
     def update(self, name: str, natural: Tensor) -> None:
         """Replaces one block's λ."""
         self.naturals[name] = natural
         self.points.pop(name, None)
-        self._refresh(name)
-
-    def _refresh(self, name: str) -> None:
-        self.set_moments(name, self.blocks[name].family.moments(self.naturals[name]))
+        self.wide.forget(name)
+        self.moments.forget(name)
 
     def set_moments(self, name: str, moments: Mapping[str, Tensor]) -> None:
-        """Replaces one block's expectations, its λ apart."""
-        self.wide[name] = _cast(moments, torch.float64)
-        self.moments[name] = _cast(moments, self.blocks[name].dtype)
+        """Replaces one block's expectations, its λ apart, until its next update."""
+        self.wide.known[name] = _cast(moments, torch.float64)
+        self.moments.forget(name)
 
     def copy(self) -> Beliefs:
-        other = Beliefs.__new__(Beliefs)
-        other.blocks, other.naturals = self.blocks, dict(self.naturals)
-        other.points, other.moments, other.wide = dict(self.points), dict(self.moments), dict(self.wide)
+        """An independent copy; the tensors are shared, since none is written into."""
+        other = Beliefs(self.blocks, self.naturals, self.points)
+        other.wide.known.update(self.wide.known)
+        other.moments.known.update(self.moments.known)
         return other
+
+
+class _Moments(Mapping[str, dict[str, Tensor]]):
+    """Block -> named expectations, made on first use."""
+
+    def __init__(self, beliefs: Beliefs, narrow: bool):
+        self.beliefs, self.narrow = beliefs, narrow
+        self.known: dict[str, dict[str, Tensor]] = {}
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        found = self.known.get(name)
+        if found is None:
+            found = self.known[name] = self._make(name)
+        return found
+
+    def _make(self, name: str) -> dict[str, Tensor]:
+        beliefs = self.beliefs
+        block = beliefs.blocks[name]
+        if self.narrow:
+            return _cast(beliefs.wide[name], block.dtype)
+        if name in beliefs.points:
+            return _cast(moments_at(block, beliefs.points[name]), torch.float64)
+        return _cast(block.family.moments(beliefs.naturals[name]), torch.float64)
+
+    def forget(self, name: str) -> None:
+        self.known.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.beliefs.blocks)
+
+    def __len__(self) -> int:
+        return len(self.beliefs.blocks)
 
 
 def _cast(moments: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -22,9 +22,34 @@ from pyro_blr.graph import (
     same_run,
     unfaithful_factors,
 )
+from pyro_blr.lowering import lowered
 from pyro_blr.messages import Messages
 
 __all__ = ["Program", "Programs"]
+
+
+class Sweeps:
+    """Counts the sweeps over a small exact model, and flattens them once they are many."""
+
+    MANY = 100
+    SMALL = 20_000  # numbers in the largest factor: beyond, the time goes into the operations themselves
+
+    def __init__(self, suited: bool):
+        self.suited, self.count = suited, 0
+        self._flat: dict[tuple[str, ...], Callable] = {}
+
+    def ready(self, sweep: Callable, order: tuple[str, ...], naturals: list[Tensor]) -> Callable | None:
+        """The flat sweep, made after `MANY` calls; None before, and where the model is not suited."""
+        self.count += 1
+        if not self.suited or self.count < self.MANY:
+            return None
+        if order not in self._flat:
+            try:
+                self._flat[order] = lowered(sweep, naturals)
+            except Exception:  # whatever the tracer objects to: the sweep runs as it did before
+                self.suited = False
+                return None
+        return self._flat[order]
 
 
 @dataclass(frozen=True)
@@ -36,6 +61,7 @@ class Program:
     blocks: Mapping[str, Block]
     plans: Mapping[str, FactorPlan]
     messages: Messages
+    sweeps: Sweeps
 
     @property
     def is_exact(self) -> bool:
@@ -109,7 +135,7 @@ class Programs:
             return replayed_log_probs(self.model, args, kwargs, graph, values)
 
         messages = self._messages(key, graph, blocks, args, kwargs, replay)
-        return Program(trace, graph, blocks, messages.plans, messages)
+        return Program(trace, graph, blocks, messages.plans, messages, Sweeps(_suits_flattening(messages)))
 
     def _messages(
         self, key: Any, graph: FactorGraph, blocks: Mapping[str, Block], args: tuple, kwargs: Mapping[str, Any], replay: Callable
@@ -126,6 +152,18 @@ class Programs:
             messages = Messages(graph, blocks, analyse(graph, blocks, unfaithful), replay)
         self._judged[key] = messages.plans, unfaithful
         return messages
+
+
+def _suits_flattening(messages: Messages) -> bool:
+    """Small, exact, continuous, unmasked: nothing in a sweep branches on data."""
+    return (
+        all(plan.exact for plan in messages.plans.values())
+        and not any(block.is_discrete or messages.is_coupled(name) for name, block in messages.blocks.items())
+        and not any(messages.masked(name) is not None for name in messages.blocks)
+        and not any(value.requires_grad for value in messages.graph.params.values())
+        and all(plate.subsample_size == plate.size for plate in messages.graph.plates.values())
+        and all(factor.batch_shape.numel() <= Sweeps.SMALL for factor in messages.graph.factors.values())
+    )
 
 
 def _structure(graph: FactorGraph) -> tuple:
