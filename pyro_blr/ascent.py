@@ -107,6 +107,10 @@ class Ascent:
 
     # -- the bound ------------------------------------------------------------------------------------------------------
 
+    def take_bound(self, bound: float) -> None:
+        """The ELBO at the present q, known from the step before."""
+        self._bound = bound
+
     def bound_before(self) -> float:
         """The ELBO at the present q (with `init` values standing as the narrow start they give)."""
         if self._bound is None:

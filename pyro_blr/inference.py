@@ -72,6 +72,7 @@ class BLRInference:
         self._points: dict[str, dict[str, Tensor]] = {}
         self._last: list[str] = []
         self._seen: Program | None = None
+        self._bound: tuple[Program, float] | None = None
         self._ready = False
         self._num_steps = 0
         self._history: list[float] = []
@@ -93,6 +94,7 @@ class BLRInference:
             self._parameters.step(program, ascent)
             self._num_steps += 1
             self._history.append(ascent.bound_before())
+            self._bound = program, self._history[-1]
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -187,7 +189,7 @@ class BLRInference:
 
     def _start(self, program: Program, restart: int) -> None:
         """λ at the prior, with `init`, and with exchangeable symmetries broken."""
-        self.guide.naturals, self.guide.blocks = {}, {}
+        self.guide.naturals, self.guide.blocks, self._bound = {}, {}, None
         self.guide.setup(program.graph)
         naturals = {name: natural.double() for name, natural in self.guide.naturals.items()}
         naturals, values = apply_init(program.graph, program.blocks, naturals, self._init, self._init_loc_fn)
@@ -231,12 +233,16 @@ class BLRInference:
         naturals = {
             name: block.select(self.guide.naturals[name], subsamples) for name, block in program.blocks.items()
         }
-        return Ascent(program, Beliefs(program.blocks, naturals, self._points), self._last)
+        ascent = Ascent(program, Beliefs(program.blocks, naturals, self._points), self._last)
+        if self._bound is not None and self._bound[0] is program and program.is_exact and not self._points:
+            ascent.take_bound(self._bound[1])
+        return ascent
 
     def _ascent_again(self, args: tuple, kwargs: Mapping[str, Any]) -> Ascent:
         return self._ascent(self._program(args, kwargs))
 
     def _commit(self, ascent: Ascent) -> None:
+        self._bound = None
         program = ascent.program
         subsamples = program.graph.subsamples
         self.guide.naturals = {
@@ -255,7 +261,7 @@ class _all_or_nothing:
     def __enter__(self) -> None:
         engine = self.engine
         self.guide = dict(engine.guide.naturals), dict(engine.guide.blocks)
-        self.saved = {key: getattr(engine, key) for key in ("_points", "_ready", "_num_steps", "_outcome", "_call")}
+        self.saved = {key: getattr(engine, key) for key in ("_points", "_ready", "_num_steps", "_outcome", "_call", "_bound")}
         self.history = len(engine._history)
         self.rng = torch.get_rng_state()
 
