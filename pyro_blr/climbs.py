@@ -18,7 +18,7 @@ from pyro_blr.estimators import standard_error
 
 __all__ = ["Climb", "climb", "guarded_sweep", "newton_start"]
 
-_HALVINGS = 12
+_HALVINGS = 20
 _NEWTON_STEPS = 30
 _NEWTON_ROUNDS = 3
 
@@ -50,9 +50,11 @@ def newton_start(ascent: Ascent) -> None:
 
 
 def _newton(ascent: Ascent, name: str) -> None:
-    """Damped Newton's method on one block's mean: at most `_NEWTON_STEPS`, each halved while the log density there falls."""
-    draws, rate = Draws(0, 0), 1.0
-    height = _height(ascent, name)
+    """m ← m + ρ (−H)⁻¹ ∇ on one block's mean, ρ halved while the log density there falls, at most `_NEWTON_STEPS` times.
+
+    ρ shortens the step in m, not in λ: under a vague prior λ would have to move by less than one part in 1 / its variance.
+    """
+    draws, height = Draws(0, 0), _height(ascent, name)
     for _ in range(_NEWTON_STEPS):
         start = ascent.beliefs
         try:
@@ -61,19 +63,23 @@ def _newton(ascent: Ascent, name: str) -> None:
             return
         if not bool(torch.isfinite(target).all()):
             return
-        for _ in range(_HALVINGS):
-            ascent.beliefs = start.copy()
-            ascent.move(name, target, rate)
+        whole = start.copy()
+        ascent.beliefs = whole
+        ascent.move(name, target, 1.0)
+        here, there = start.wide[name]["mean"], whole.wide[name]["mean"]
+        for halvings in range(_HALVINGS):
+            ascent.beliefs = whole.copy()
+            if halvings:
+                ascent.beliefs.update(name, ascent.targets.with_mean(name, whole, here + 0.5**halvings * (there - here)))
             reached = _height(ascent, name)
             if reached >= height - 1e-9 * abs(height) or not math.isfinite(height):
                 break
-            rate *= 0.5
         else:
             ascent.beliefs = start
             return
-        if abs(reached - height) < 1e-3 and rate == 1.0:
+        if abs(reached - height) < 1e-3 and not halvings:
             return
-        height, rate = reached, min(1.0, 2 * rate)
+        height = reached
 
 
 def _height(ascent: Ascent, name: str) -> float:

@@ -199,20 +199,18 @@ class Targets:
         return values
 
     def _control(self, name: str, beliefs: Beliefs, leaf: Tensor) -> Tensor:
+        """⟨m, T(u) − μ⟩ for stacked draws, (S,); a Gaussian's in differences from its mean, ∇_m·δ + δᵀ ∇_V δ − tr(∇_V V)."""
         control, moments = self._controls[name], beliefs.moments[name]
         if "statistics" in control:
             family, natural = self.blocks[name].family, beliefs.naturals[name]
             spread = family.sufficient_statistics(leaf.to(natural.dtype)) - family.to_expectation(natural)
-            return (spread * control["statistics"]).flatten(1).sum(-1)
+            return (spread * control["statistics"]).reshape(leaf.shape[0], -1).sum(-1)
         apart = leaf - moments["mean"]
-        linear = apart * control["mean"]
-        if "covariance" in control:
-            quadratic = (apart @ control["covariance"] if apart.dim() == 2 else (control["covariance"] @ apart.unsqueeze(-1)).squeeze(-1)) * apart
-            constant = (control["covariance"] * moments["covariance"]).sum(dtype=torch.float64)
-        else:
-            quadratic = apart.square() * control["variance"]
-            constant = (control["variance"] * moments["variance"]).sum(dtype=torch.float64)
-        return (linear + quadratic).flatten(1).sum(-1, dtype=torch.float64) - constant
+        key = "covariance" if "covariance" in control else "variance"
+        gradient = control[key]
+        bent = torch.einsum("...ij,s...j->s...i", gradient, apart) if key == "covariance" else apart * gradient
+        value = apart * (control["mean"] + bent)
+        return value.reshape(leaf.shape[0], -1).sum(-1, dtype=torch.float64) - (gradient * moments[key]).sum(dtype=torch.float64)
 
     def at_mean(self, name: str, beliefs: Beliefs) -> float:
         """Σ_f s_f E[log f | u = its mean] over a Gaussian block's factors, E over the other blocks: what Newton's method climbs."""
