@@ -66,15 +66,22 @@ def standard_error(values: Tensor) -> float:
 
 
 def bonnet_price(
-    function: Function, moments: dict[str, Tensor], leaves: Tensor, others: Any, seed: int = 0, elements: int = 0
+    function: Function,
+    moments: dict[str, Tensor],
+    leaves: Tensor,
+    others: Any,
+    seed: int = 0,
+    elements: int = 0,
+    twice: bool = True,
 ) -> dict[str, Tensor]:
     """∇_m E f = E ∇f, ∇_V E f = ½ E ∇²f (Bonnet, Price; Khan and Rue 2023, eq. 9) over stacked draws.
 
     `function(u, other)` is a scalar that sums over the batch of u; `others` is a pytree of draws of other blocks with the same
-    leading dim; `elements` counts the numbers in the largest intermediate result of one call.
+    leading dim; `elements` counts the numbers in the largest intermediate result of one call.  Where f has kinks (not `twice`
+    differentiable) its Hessian is not what Price's theorem asks for, and its gradient serves for both.
     """
     event = "covariance" in moments
-    if event and leaves.shape[-1] > _HESSIAN_DIM:
+    if leaves.shape[0] > 1 and (not twice or (event and leaves.shape[-1] > _HESSIAN_DIM)):
         return _stein(function, moments, leaves, others, elements)
     basis, signs = _directions(function, leaves, others, event, seed)
     inner = max(1, _BUDGET // max(elements, leaves[0].numel(), 1))
@@ -166,8 +173,11 @@ def _stein(
 ) -> dict[str, Tensor]:
     """∇_V E f = ½ E[V⁻¹ (u − m) ∇f(u)ᵀ], the same by integration by parts: one gradient a draw."""
     gradients = gradients_at(function, leaves, others, elements)
-    white = torch.linalg.solve(moments["covariance"], (leaves - moments["mean"]).unsqueeze(-1)).squeeze(-1)
-    outer = torch.einsum("s...i,s...j->...ij", white, gradients) / leaves.shape[0]
+    apart, bend = leaves - moments["mean"], gradients - gradients.mean(0)
+    if "variance" in moments:
+        return {"mean": gradients.mean(0), "variance": 0.5 * (apart / moments["variance"] * bend).mean(0)}
+    white = torch.linalg.solve(moments["covariance"], apart.unsqueeze(-1)).squeeze(-1)
+    outer = torch.einsum("s...i,s...j->...ij", white, bend) / leaves.shape[0]
     return {"mean": gradients.mean(0), "covariance": 0.25 * (outer + outer.mT)}
 
 

@@ -14,6 +14,7 @@ from pyro_blr.draws import Draws
 from pyro_blr.estimators import batched, bonnet_price, enumerated, reparameterised, score_function
 from pyro_blr.graph import isolated_random_state
 from pyro_blr.messages import Messages
+from pyro_blr.smoothness import smoothness
 
 __all__ = ["Targets"]
 
@@ -26,7 +27,7 @@ class Targets:
 
     def __init__(self, messages: Messages):
         self.messages, self.blocks = messages, messages.blocks
-        self._flows: dict[str, bool] = {}
+        self._orders: dict[str, int] = {}
         self._controls: dict[str, dict[str, Tensor]] = {}
         self._every = tuple(dict.fromkeys(b for plan in messages.plans.values() for b in plan.sampled))
 
@@ -40,6 +41,9 @@ class Targets:
         """Divides by s_i; an element that its own mask silences, and nothing else speaks of, keeps its λ."""
         scale = self.blocks[name].scale
         target = message if scale == 1.0 else message / scale
+        copies = self.blocks[name].copies
+        if copies is not None:
+            target = target / copies.unsqueeze(-1)
         masked = self.messages.masked(name)
         if masked is None:
             return target
@@ -130,11 +134,13 @@ class Targets:
 
         if block.is_discrete:
             return self._discrete_message(name, natural, function, mine, others)
-        if not self._gradient_flows(name, function, mine, others):
-            values = torch.stack([function(mine[s], _at(others, s)) for s in range(mine.shape[0])])
+        order = self._smoothness(name, function, beliefs, factors, elements)
+        if order == 0:
+            with torch.no_grad():
+                values = batched(function, mine, others, elements)
             return score_function(block.family, natural, values.detach().to(natural.dtype), block.statistics(mine).to(natural.dtype))
         if is_gaussian(block.family):
-            gradients = bonnet_price(function, beliefs.moments[name], mine, others, draws.seed, elements)
+            gradients = bonnet_price(function, beliefs.moments[name], mine, others, draws.seed, elements, twice=order == 2)
             self._controls[name] = gradients
             return block.family.message(natural, {key: g.double() for key, g in gradients.items()})
         with isolated_random_state(draws.seed_of(name)):
@@ -156,26 +162,13 @@ class Targets:
         statistics = block.family.sufficient_statistics(mine).to(natural.dtype)
         return score_function(block.family, natural, values.detach().to(natural.dtype), statistics)
 
-    def _gradient_flows(self, name: str, function: Callable, mine: Tensor, others: Mapping[str, Tensor]) -> bool:
-        """Whether autograd's derivative along a random direction is the function's own (a latent may have left torch)."""
-        if not any(self.messages.plans[f].replayed for f in self.messages.sampled_factors(name)):
-            return True
-        if name not in self._flows:
-            leaf = mine[0].detach().requires_grad_()
-            generator = torch.Generator().manual_seed(7)
-            direction = torch.randn(tuple(leaf.shape), generator=generator, dtype=torch.float64).to(leaf)
-            with torch.enable_grad():
-                value = function(leaf, _at(others, 0))
-                gradient = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
-            if gradient is None:
-                self._flows[name] = False
-            else:
-                step = 1e-4 if leaf.dtype == torch.float64 else 1e-2
-                ends = [function(leaf.detach() + t * step * direction, _at(others, 0)) for t in (1, -1)]
-                slope = float((ends[0] - ends[1]) / (2 * step))
-                claimed = float((gradient * direction).sum())
-                self._flows[name] = abs(slope - claimed) <= 1e-2 * max(abs(slope), abs(claimed), 1e-6)
-        return self._flows[name]
+    def _smoothness(self, name: str, function: Callable, beliefs: Beliefs, factors: Sequence[str], elements: int) -> int:
+        """How many derivatives of the block's sampled factors are to be believed, seen once between draws of a wide q."""
+        if name not in self._orders:
+            leaves = self._leaves(factors, beliefs, Draws(7, 16))
+            others = {b: leaf for b, leaf in leaves.items() if b != name}
+            self._orders[name] = smoothness(function, leaves[name], others, elements)
+        return self._orders[name]
 
     def sampled_bound(
         self, beliefs: Beliefs, draws: Draws, factors: Sequence[str] | None = None, controlled: bool = False
