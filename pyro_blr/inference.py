@@ -201,7 +201,7 @@ class BLRInference:
         }
         self._last = list(self._points)
         if not self._init:
-            ascent = broken_start(self._ascent(program), restart)
+            ascent = broken_start(self._ascent(program))
             self._commit(ascent)
             self._last = ascent.last
         self._ready, self._num_steps, self._history = True, 0, []

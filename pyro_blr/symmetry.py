@@ -5,66 +5,153 @@ Draws come from torch's generator.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent
 from pyro_blr.blocks import is_gaussian
+from pyro_blr.checks import ImproperPosteriorError
 
 __all__ = ["broken_start"]
 
+SHORT_SWEEPS = 20  # of each candidate start, before the best is kept
+WORK = 2e7  # elements × states × sweeps that the choice among candidate starts may cost
+SHRINK = 0.75  # each candidate seeds this fraction of the components of the one before
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """Discrete blocks that choose between the same components (`z[n]` in one plate, or many sites of a loop)."""
+
+    discrete: tuple[str, ...]
+    components: tuple[str, ...]
+    num_states: int
+
 
 @torch.no_grad()
-def broken_start(ascent: Ascent, restart: int = 0) -> Ascent:
-    """The same ascent from a start without exchangeable symmetry: seeded components, random factors."""
-    program = ascent.program
-    for name, block in program.blocks.items():
-        if block.is_discrete and block.batch_shape.numel() > 1 and _components(ascent, name):
-            _seed_components(ascent, name)
-    for name in _saddle_blocks(ascent):
-        _randomise_mean(ascent, name, 1.0)
-    return ascent
+def broken_start(ascent: Ascent) -> Ascent:
+    """The same ascent from a start without exchangeable symmetry: seeded components, random factors.
+
+    How many components the data want is not known, and mean field removes superfluous ones slowly: starts with all, and with
+    fewer and fewer, of them seeded are swept a few times, and the one with the highest bound is kept.
+    """
+    mixtures = _mixtures(ascent)
+    start, last = ascent.beliefs, list(ascent.last)
+    best: tuple[float, Ascent] | None = None
+    counts = _counts(ascent, mixtures)
+    for count in counts:
+        trial = Ascent(ascent.program, start.copy(), last)
+        for mixture in mixtures:
+            _seed(trial, mixture, count)
+        for name in _saddle_blocks(trial):
+            _randomise_mean(trial, name)
+        if len(counts) == 1:
+            return trial
+        bound = _bound_after(trial, SHORT_SWEEPS)
+        if best is None or bound > best[0]:
+            best = bound, trial
+    assert best is not None
+    return best[1]
+
+
+def _counts(ascent: Ascent, mixtures: list[_Mixture]) -> list[int]:
+    """How many components each candidate start seeds: K, then fewer, down to two; only K where sweeps are dear or need draws."""
+    most = max((mixture.num_states for mixture in mixtures), default=1)
+    counts, size = [most], float(most)
+    while counts[-1] > 2:
+        size *= SHRINK
+        counts.append(max(2, min(round(size), counts[-1] - 1)))
+    blocks = ascent.program.blocks
+    entries = sum(blocks[n].batch_shape.numel() * m.num_states for m in mixtures for n in m.discrete)
+    if not ascent.program.is_exact or ascent.beliefs.points or WORK < len(counts) * SHORT_SWEEPS * entries:
+        return counts[:1]
+    return counts
+
+
+def _bound_after(ascent: Ascent, sweeps: int) -> float:
+    """The bound after a few sweeps; −∞ where a component with too little data has no proper posterior."""
+    try:
+        for _ in range(sweeps):
+            ascent.sweep()
+        return ascent.bound_before()
+    except ImproperPosteriorError:
+        return -torch.inf
+
+
+def _mixtures(ascent: Ascent) -> list[_Mixture]:
+    """Discrete blocks that share components, together; one alone of a single element has nothing to tell apart."""
+    found: list[_Mixture] = []
+    for name, block in ascent.program.blocks.items():
+        components = _components(ascent, name) if block.is_discrete else []
+        if not components:
+            continue
+        mine = _Mixture((name,), tuple(components), block.num_states)
+        for other in [m for m in found if m.num_states == mine.num_states and set(m.components) & set(mine.components)]:
+            found.remove(other)
+            shared = tuple(dict.fromkeys(other.components + mine.components))
+            mine = _Mixture(other.discrete + mine.discrete, shared, mine.num_states)
+        found.append(mine)
+    blocks = ascent.program.blocks
+    return [m for m in found if sum(blocks[name].batch_shape.numel() for name in m.discrete) > 1]
 
 
 def _components(ascent: Ascent, name: str) -> list[str]:
     """The continuous blocks that the states of a discrete block choose between, all exact."""
     messages = ascent.program.messages
-    found = []
-    for factor in messages.factors_of[name]:
-        if factor not in ascent.program.blocks[name].site_names and messages.plans[factor].exact:
-            found += [b for b in messages.plans[factor].analytic if messages.is_exact(b)]
+    found = [b for f in _factors(ascent, name) for b in messages.plans[f].analytic if messages.is_exact(b)]
     return list(dict.fromkeys(found))
 
 
-def _seed_components(ascent: Ascent, name: str) -> None:
-    """k-means++ in the model's own terms: each component starts at one datum, drawn in proportion to how badly the components
-    so far explain it (compare Arthur and Vassilvitskii 2007)."""
-    messages, beliefs = ascent.program.messages, ascent.beliefs
-    block = ascent.program.blocks[name]
-    components = _components(ascent, name)
-    factors = [f for f in messages.factors_of[name] if f not in block.site_names and messages.plans[f].exact]
-    start = beliefs.moments[name]["probs"]
-    flat = torch.zeros(start.shape[:-1].numel(), start.shape[-1], dtype=start.dtype, device=start.device)
-    before = {other: beliefs.naturals[other] for other in components}
-    distance = torch.ones(flat.shape[0], dtype=torch.float64, device=flat.device)
-    table = flat
-    for state in range(flat.shape[-1]):
-        if not bool(distance.sum() > 0):
-            distance = torch.ones_like(distance)
-        chosen = int(torch.multinomial(distance / distance.sum(), 1)) if flat.shape[0] < 2**24 else int(distance.argmax())
-        flat[chosen, state] = 1.0
-        beliefs.set_moments(name, {"probs": flat.reshape(start.shape)})
-        for other in components:
+def _factors(ascent: Ascent, name: str) -> list[str]:
+    """The exact factors of a discrete block besides its own statement."""
+    messages = ascent.program.messages
+    own = ascent.program.blocks[name].site_names
+    return [f for f in messages.factors_of[name] if f not in own and messages.plans[f].exact]
+
+
+def _seed(ascent: Ascent, mixture: _Mixture, count: int) -> None:
+    """k-means++ in the model's own terms: each of `count` components starts at one datum, drawn in proportion to how badly the
+    components so far explain it (compare Arthur and Vassilvitskii 2007); each datum then takes the components as they explain it."""
+    beliefs = ascent.beliefs
+    shapes = [beliefs.moments[name]["probs"].shape for name in mixture.discrete]
+    like = beliefs.moments[mixture.discrete[0]]["probs"]
+    sizes = [shape[:-1].numel() for shape in shapes]
+    chosen = torch.zeros(sum(sizes), mixture.num_states, dtype=like.dtype, device=like.device)
+    badness = torch.ones(len(chosen), dtype=torch.float64, device=like.device)
+    before = {other: beliefs.naturals[other] for other in mixture.components}
+    table = chosen
+    for state in range(min(count, mixture.num_states)):
+        chosen[_draw(badness), state] = 1.0
+        for name, shape, rows in zip(mixture.discrete, shapes, chosen.split(sizes), strict=True):
+            beliefs.set_moments(name, {"probs": rows.reshape(shape)})
+        for other in mixture.components:
             target = ascent.targets.exact(other, beliefs)
-            if not bool(ascent.program.blocks[other].family.contains(target).all()):
-                target = before[other]
-            beliefs.update(other, target)
-        table = messages.state_table(name, beliefs.moments, factors).reshape(flat.shape)
+            inside = bool(ascent.program.blocks[other].family.contains(target).all())
+            beliefs.update(other, target if inside else before[other])
+        table = torch.cat([_table(ascent, name) for name in mixture.discrete])
         best = table[:, : state + 1].max(-1).values.double()
-        distance = (best.max() - best).clamp_min(0.0)
-        distance[flat.sum(-1) > 0] = 0.0
-    probs = torch.softmax(table.double(), -1).reshape(start.shape)
-    _set_probabilities(ascent, name, probs)
+        badness = (best.max() - best).clamp_min(0.0)
+        badness[chosen.sum(-1) > 0] = 0.0
+    scores = table.double()
+    scores[:, count:] = -torch.inf
+    for name, shape, rows in zip(mixture.discrete, shapes, scores.softmax(-1).split(sizes), strict=True):
+        _set_probabilities(ascent, name, rows.reshape(shape))
+
+
+def _draw(weights: Tensor) -> int:
+    """An index in proportion to its weight; any, where all are zero."""
+    weights = weights if bool(weights.sum() > 0) else torch.ones_like(weights)
+    if len(weights) >= 2**24:  # more than torch.multinomial takes
+        return int(torch.searchsorted(weights.cumsum(0), weights.sum() * torch.rand((), dtype=weights.dtype)).clamp_max(len(weights) - 1))
+    return int(torch.multinomial(weights, 1))
+
+
+def _table(ascent: Ascent, name: str) -> Tensor:
+    """(elements, K): how well each state explains each element."""
+    table = ascent.program.messages.state_table(name, ascent.beliefs.moments, _factors(ascent, name))
+    return table.reshape(-1, table.shape[-1])
 
 
 def _set_probabilities(ascent: Ascent, name: str, probs: Tensor) -> None:
@@ -90,11 +177,12 @@ def _saddle_blocks(ascent: Ascent) -> list[str]:
     return [name for name in ascent.program.blocks if name in multiplied]
 
 
-def _randomise_mean(ascent: Ascent, name: str, width: float) -> None:
+def _randomise_mean(ascent: Ascent, name: str) -> None:
+    """Moves a Gaussian's mean by a standard deviation of its own (one at most) times noise."""
     beliefs, block = ascent.beliefs, ascent.program.blocks[name]
     moments = block.family.moments(beliefs.naturals[name])
     variance = moments["variance"] if "variance" in moments else moments["covariance"].diagonal(dim1=-2, dim2=-1)
     mean = moments["mean"]
     noise = torch.randn(mean.shape, dtype=mean.dtype).to(mean.device)
-    shifted = mean + width * variance.clamp(max=1.0).sqrt() * noise
+    shifted = mean + variance.clamp(max=1.0).sqrt() * noise
     beliefs.update(name, ascent.targets.with_mean(name, beliefs, shifted))
