@@ -13,7 +13,7 @@ from pyro_blr.estimators import batched
 
 __all__ = ["smoothness"]
 
-_REFINEMENTS = (16, 128, 1024)
+_REFINEMENTS = (16, 64, 512)
 _TOLERANCE = 1e-2
 
 
@@ -66,7 +66,10 @@ def _integrates(function: Callable, start: Tensor, apart: Tensor, others: Any, l
         wrong = (slopes[:, 2:].mean(1) - change).abs() > _TOLERANCE * travelled + 1e-7 * values.abs().amax(1)
         if not bool(wrong.any()):
             return True
-        start, apart, others = start[wrong], apart[wrong], _rows(others, wrong.nonzero().flatten())
+        if not bool(slopes[wrong].any()):
+            return False
+        doubted = wrong.nonzero().flatten()[:2]
+        start, apart, others = start[doubted], apart[doubted], _rows(others, doubted)
     return False
 
 
