@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_blr.blocks import Block, is_gaussian
 from pyro_blr.expressions import Recorded, Recording, Ref
 from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, LogNormal, TransformedNormal, Wishart
-from pyro_blr.graph import Factor, FactorGraph, generic_value
+from pyro_blr.graph import Factor, FactorGraph, generic_value, unwrap
 from pyro_blr.kinds import Form, Kind, Sort, kind_of
 from pyro_blr.likelihoods import (
     Constant,
@@ -148,7 +148,7 @@ class _Judge:
             if not sampled:
                 verdicts.append(Verdict(factor.name, site, True, how))
                 continue
-            text = f"{factor.name}: a latent leaves the program's tensors: {reason}"
+            text = f"{factor.name}: {site} leaves the program's tensors: {reason}"
             verdicts.append(Verdict(factor.name, site, False, how, text))
         return FactorPlan(factor, None, (), enumerated, (), sampled, tuple(verdicts), replayed=True)
 
@@ -179,7 +179,7 @@ class _Judge:
                 reasons[name] = ("its distribution hides its arguments", _Finding(None, False))
         for name in continuous:
             if name in self._blocks_of((factor.scale, factor.mask)):
-                reasons.setdefault(name, ("the site is in the factor's scale or mask", _Finding(None, False)))
+                reasons.setdefault(name, (f"{' and '.join(self.blocks[name].site_names)} is in its scale or mask", _Finding(None, False)))
         findings = self._find(factor, arguments, continuous, reasons)
         sampled = tuple(name for name in continuous if name in reasons)
         analytic = tuple(name for name in continuous if name not in reasons)
@@ -206,7 +206,7 @@ class _Judge:
         tape = self.graph.tape
         names = list(constructed.arguments)
         refs = [factor.value, *(constructed.arguments[name] for name in names)]
-        tape.closed = False
+        tape.closed, tape.place = False, factor.source
         try:
             wrapped = [Recorded.wrap(tape.values[ref.index], tape, ref.index) if isinstance(ref, Ref) else ref for ref in refs]
             with Recording(tape):
@@ -214,7 +214,7 @@ class _Judge:
                 canonical = likelihood.canonical(value, dict(zip(names, wrapped[1:], strict=True)))
                 canonical = _combine_shared(canonical, likelihood, lambda a: self._blocks_of((tape.reference(a),)))
         finally:
-            tape.closed = True
+            tape.closed, tape.place = True, ""
         return likelihood, [
             Argument(name, likelihood.roles[name], tape.reference(value)) for name, value in canonical.items()
         ]
@@ -257,7 +257,7 @@ class _Judge:
             if name in reasons:
                 continue
             if len(places) > 1:
-                reasons[name] = (f"it is in two arguments: {' and '.join(places)}", findings[places[0], name])
+                reasons[name] = (f"{' and '.join(self.blocks[name].site_names)} is in two arguments: {' and '.join(places)}", findings[places[0], name])
                 continue
             finding = findings[places[0], name]
             if finding.form is None:
@@ -271,6 +271,8 @@ class _Judge:
         text = f"{place} is not {what} {sites}"
         if finding.operation:
             text += f": {finding.operation}" + (f" ({finding.source})" if finding.source else "")
+        elif isinstance(self.blocks[name].family, TransformedNormal):
+            text += f", a {_site_family(self.blocks[name])} site"
         return text
 
     def _judge(self, argument: Argument, name: str) -> _Finding:
@@ -340,6 +342,8 @@ class _Judge:
                     continue
                 if name in reasons:
                     reason, finding = reasons[name]
+                    if factor.source and not reason.endswith(")"):
+                        reason += f" ({factor.source})"
                     argument = next((a for (a, other) in findings if other == name), "")
                     remedy = remedy_for(_family_name(factor), argument, _site_family(block), finding.operation)
                     result.append(
@@ -375,7 +379,7 @@ def _family_name(factor: Factor) -> str:
 
 
 def _site_family(block: Block) -> str:
-    return type(block.sites[0].distribution).__name__ if len(block.members) == 1 else type(block.family).__name__
+    return type(unwrap(block.sites[0].distribution)[0]).__name__ if len(block.members) == 1 else type(block.family).__name__
 
 
 def _combine_shared(canonical: dict[str, Any], likelihood: Likelihood, blocks_of: Any) -> dict[str, Any]:

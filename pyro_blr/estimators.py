@@ -158,7 +158,7 @@ def _double_backward(function: Function, leaf: Tensor, other: Any, tangents: Ten
         products = [
             torch.autograd.grad(gradient, leaf, t, retain_graph=True, allow_unused=True, materialize_grads=True)[0] for t in tangents
         ]
-    return gradient.detach(), torch.stack(products).detach()
+    return gradient.detach(), torch.stack(products).detach() if products else torch.zeros_like(tangents)
 
 
 def _diagonal_blocks(tangents: Tensor, products: Tensor, event: bool) -> Tensor:

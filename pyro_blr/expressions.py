@@ -218,6 +218,7 @@ class Tape:
     inputs: list[Tensor] = field(default_factory=list)
     departures: list[Departure] = field(default_factory=list)
     closed: bool = False
+    place: str = ""  # the user's line that calls of the package itself stand for, while there is one
     written: Written = field(default_factory=Written)
     _owners: dict[int, tuple[Any, int]] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
@@ -225,15 +226,18 @@ class Tape:
     _latents: list[frozenset[str]] = field(default_factory=list)
     _needed: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
 
+    def _here(self) -> str:
+        return self.place or source_line()
+
     def latent(self, name: str, value: Tensor) -> Recorded:
         """A leaf: the value of the latent `name`, to be followed from here on."""
-        node = Node(Latent(name), (), {}, source_line(), tuple(value.shape), value.dtype)
+        node = Node(Latent(name), (), {}, self._here(), tuple(value.shape), value.dtype)
         self._append(node, frozenset([name]))
         return self._own(value)
 
     def record(self, function: Callable, args: tuple, kwargs: dict, result: Tensor) -> Recorded:
         skeletons = self._skeleton(args), self._skeleton(kwargs)
-        node = Node(function, *skeletons, source_line(), tuple(result.shape), result.dtype)
+        node = Node(function, *skeletons, self._here(), tuple(result.shape), result.dtype)
         self._append(node, self._union((args, kwargs)))
         return self._own(plain(result))
 
@@ -243,7 +247,7 @@ class Tape:
         return Recorded.wrap(value, self, index)
 
     def record_tuple(self, function: Callable, args: tuple, kwargs: dict, result: Sequence) -> Any:
-        whole = Node(function, self._skeleton(args), self._skeleton(kwargs), source_line())
+        whole = Node(function, self._skeleton(args), self._skeleton(kwargs), self._here())
         self._append(whole, self._union((args, kwargs)))
         ref = Ref(len(self.nodes) - 1)
         items = []
@@ -288,7 +292,7 @@ class Tape:
         skeletons = self._skeleton((ref, *args[1:])), self._skeleton(kwargs)
         latents = self._union((args[1:], kwargs)) | self.latents_of(ref)
         result = function(*plain(args), **plain(kwargs))
-        node = Node(out_of_place(function, place), *skeletons, source_line(), tuple(base.shape), base.dtype)
+        node = Node(out_of_place(function, place), *skeletons, self._here(), tuple(base.shape), base.dtype)
         self._append(node, latents)
         self.written.put(base, len(self.nodes) - 1)
         self.recognise(args[0])
@@ -355,7 +359,7 @@ class Tape:
             return tensor
         place, index = place_in(memory.base, value), memory.index
         if place is not None:
-            node = Node(as_strided, (Ref(index), *place), {}, source_line(), tuple(value.shape), value.dtype)
+            node = Node(as_strided, (Ref(index), *place), {}, self._here(), tuple(value.shape), value.dtype)
             self._append(node, self._latents[index])
             index = len(self.nodes) - 1
         if isinstance(tensor, Recorded):
@@ -371,7 +375,7 @@ class Tape:
 
     def depart(self, operation: str, operands: Iterable[Recorded]) -> None:
         latents = frozenset().union(*(self._latents[operand._index] for operand in operands))
-        self.departures.append(Departure(operation.strip("_"), latents, source_line()))
+        self.departures.append(Departure(operation.strip("_"), latents, self._here()))
 
     def latents_of(self, ref: Any) -> frozenset[str]:
         """The latents an expression (a `Ref`, or anything that depends on none) was computed from."""

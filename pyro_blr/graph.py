@@ -492,9 +492,15 @@ def _add_statement(graph: FactorGraph, name: str, node: dict, plain_node: dict) 
         plates=plates,
         is_observed=node["is_observed"],
         latents=frozenset(),
-        source=source_line(),
+        source=_line_of(node["fn"]),
     )
     graph.factors[name] = replace(factor, latents=_latents_of(graph, factor))
+
+
+def _line_of(distribution: Any) -> str:
+    """Where the program made the distribution; empty where it was made before the run."""
+    remembered = getattr(unwrap(distribution)[0], "_pyro_blr_constructed", None)
+    return remembered[2] if remembered is not None else ""
 
 
 def _is_its_own_value(tape: Tape, node: dict) -> bool:
