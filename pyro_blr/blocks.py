@@ -108,6 +108,23 @@ class Block:
         return self.members[0].site.scale
 
     @property
+    def copies(self) -> Tensor | None:
+        """How many exchangeable copies each element stands for, `infer={"blr": {"copies": counts}}`: a part of s_i beside the plates'.
+
+        A token type that occurs n times in a document is one statement under `poutine.scale(scale=n)`, of n copies.
+        """
+        found = self.members[0].site.infer.get("blr", {}).get("copies")
+        if found is None:
+            return None
+        copies = torch.as_tensor(found, dtype=torch.float64, device=self.device)
+        if len(self.members) > 1 or not bool((copies > 0).all()):
+            raise ValueError(
+                f"site {self.members[0].site.name!r}: copies must be positive numbers, for a site in a block of its own; "
+                "leave out elements that occur never"
+            )
+        return copies.expand(self.batch_shape)
+
+    @property
     def num_states(self) -> int:
         assert self.states is not None
         return self.states.shape[0]

@@ -134,6 +134,9 @@ class AutoExponentialFamily(AutoGuide):
         with ExitStack() as stack:
             _enter(stack, site.plates, plates)
             stack.enter_context(_masked(self._masks.get(site.name), site.plates, plates))
+            copies = site.infer.get("blr", {}).get("copies")
+            if copies is not None:
+                stack.enter_context(poutine.scale(scale=torch.as_tensor(copies)))
             yield
 
     def _joint_mask(self, block: Block) -> Any:

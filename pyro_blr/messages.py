@@ -149,5 +149,7 @@ class Messages:
             entropy = block.family.entropy(naturals[name])
             if silent is not None and name in silent:
                 entropy = torch.where(silent[name], 0.0, entropy)
+            if block.copies is not None:
+                entropy = entropy * block.copies
             total = total + block.scale * entropy.sum(dtype=torch.float64).to(total.device)
         return total
