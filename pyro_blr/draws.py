@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_blr.averages import mean_leaf
+from pyro_blr.arguments import mean_leaf
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import Block, is_gaussian
 from pyro_blr.estimators import gaussian_leaves, standard_normal_draws

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_blr.averages import FactorAverage, Moments
+from pyro_blr.arguments import Moments
+from pyro_blr.averages import FactorAverage
 from pyro_blr.blocks import Block
 from pyro_blr.conjugacy import FactorPlan
 from pyro_blr.estimators import batched

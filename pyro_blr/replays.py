@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_blr.averages import Moments
+from pyro_blr.arguments import Moments
 from pyro_blr.blocks import Block
 from pyro_blr.conjugacy import FactorPlan
 from pyro_blr.families import Categorical
