@@ -6,10 +6,11 @@ one reads the recorded expression (`kinds`), the numerical one evaluates it (`pr
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from pyro_blr.remedies import remedy_for
 __all__ = ["Argument", "FactorPlan", "Verdict", "analyse"]
 
 PROVED = "exact (proved)"
+_T = TypeVar("_T")
 MOST_RUNS = 256  # runs of the model, at most, for one average over discrete sites that leave torch
 
 
@@ -279,13 +281,13 @@ class _Judge:
         block = self.blocks[name]
         structural = self._structural(argument, block)
         try:
-            form, points = _numerical(self.probe, argument, block)
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            form, points = _numerical_at_all_states(self.probe, argument, block)
+        except _UNUSABLE as error:
             return _Finding(None, False, 0, f"it cannot be evaluated at other values: {error}")
         claimed = _allowed(argument.role, block, structural) if structural is not None else None
         if claimed is not None and form is not None:
             return _Finding(claimed, True, points)
-        if form is not None:
+        if form is not None and _holds_for_other_data(self.probe, argument, block, form):
             return _Finding(form, False, points)
         operation = structural.operation if structural is not None else ""
         source = structural.source if structural is not None else ""
@@ -442,6 +444,42 @@ def _numerical(probe: Probe, argument: Argument, block: Block) -> tuple[Form | N
     return None, 0
 
 
+def _numerical_at_all_states(probe: Probe, argument: Argument, block: Block) -> tuple[Form | None, int]:
+    """The form that holds whatever the states of the expression's discrete sites; the same one throughout."""
+    found: Form | None = None
+    total = 0
+    for turn in probe.assignments(argument.ref):
+        form, points = _numerical(probe, argument, block)
+        total += points
+        if form is None or (turn > 0 and form is not found):
+            return None, total
+        found = form
+    return found, total
+
+
+# What a program may say of values or data it was not written for.
+_UNUSABLE = (RuntimeError, IndexError, ValueError, TypeError)
+
+
+def _holds_for_other_data(probe: Probe, argument: Argument, block: Block, form: Form) -> bool:
+    """Whether a form without proof is more than a coincidence of the data, as far as the program takes other data."""
+    with probe.other_data():
+        try:
+            return _numerical_at_all_states(probe, argument, block)[0] is form
+        except _UNUSABLE:
+            return True
+
+
+def _for_any_data(probe: Probe, ref: Any, find: Callable[[], _T]) -> Iterator[_T]:
+    """`find()` at the program's data and at others, in all states of the expression's discrete sites."""
+    for _ in probe.assignments(ref):
+        yield find()
+    with probe.other_data():
+        for _ in probe.assignments(ref):
+            with contextlib.suppress(*_UNUSABLE):
+                yield find()
+
+
 def _affine(probe: Probe, ref: Any, block: Block, a: Tensor, b: Tensor) -> bool:
     start, end = (probe.evaluate(ref, {block.name: point}) for point in (a, b))
     return all(
@@ -534,7 +572,13 @@ def is_jointly_affine(probe: Probe, ref: Any, block: Block) -> bool:
 
 
 def _mixed_dims(probe: Probe, argument: Argument, block: Block) -> tuple[int, ...]:
-    """The dims of the block's variable that single outputs combine several indices of (negative, counted from the right).
+    """The dims of the block's variable that single outputs combine several indices of, in any state and for any data."""
+    found = _for_any_data(probe, argument.ref, lambda: _mixed_dims_here(probe, argument, block))
+    return tuple(sorted({dim for dims in found for dim in dims}))
+
+
+def _mixed_dims_here(probe: Probe, argument: Argument, block: Block) -> tuple[int, ...]:
+    """`_mixed_dims` at the present states (negative, counted from the right).
 
     Along the other dims every output sees one index, so that one tangent serves all of them.  Seen with a generic tangent r
     and weights s along one dim: (J r s²)(J r) = (J r s)² elementwise when each output has one index there.
@@ -575,7 +619,11 @@ def _products(probe: Probe, argument: Argument, blocks: Sequence[Block]) -> tupl
 
 
 def _interacts(probe: Probe, ref: Any, blocks: Sequence[Block]) -> bool:
-    """Whether the mixed difference over the blocks is non-zero."""
+    """Whether the mixed difference over the blocks is non-zero in some state, for some data."""
+    return any(_for_any_data(probe, ref, lambda: _interacts_here(probe, ref, blocks)))
+
+
+def _interacts_here(probe: Probe, ref: Any, blocks: Sequence[Block]) -> bool:
     low = {block.name: probe.point(block) for block in blocks}
     high = {block.name: probe.point(block) for block in blocks}
     total, size = torch.zeros(()), torch.zeros(())

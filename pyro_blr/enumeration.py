@@ -38,7 +38,8 @@ def misaligned_factors(
     moments = {}
     for name in used:
         natural = blocks[name].select(initial_natural(blocks[name]), graph.subsamples).double()
-        moments[name] = blocks[name].family.moments(natural)
+        exact = blocks[name].family.moments(natural)
+        moments[name] = {key: value.to(blocks[name].dtype) for key, value in exact.items()}
     return {
         plan.factor.name: plan.factor.latents
         for plan in wanted

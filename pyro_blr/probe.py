@@ -6,7 +6,8 @@ the program still runs on them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ __all__ = ["Probe", "close", "leaf_point", "leaf_shape"]
 
 _ROWS = 12  # rows of a large plate that are enough to see a form
 _LARGE = 64  # plates beyond this size are cut
+_STATES = 8  # states of a discrete site that are looked at one by one
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -78,6 +80,8 @@ class Probe:
         self.generator = torch.Generator().manual_seed(20230717)
         self._cuts = self._possible_cuts()
         self._inputs: dict[tuple[str, ...], list[Tensor]] = {}
+        self._assignment = 0
+        self._is_other = False
 
     def _possible_cuts(self) -> list[dict[str, int]]:
         """Sets of plates to cut, most thorough first; {plate: size in this run}."""
@@ -100,12 +104,46 @@ class Probe:
                 values.update(block.values(leaves[name]))
             elif block.is_discrete:
                 for site in block.sites:
-                    value = generic_value(site.name, site.distribution)
+                    value = self._state_of(block)
                     values[site.name] = value.double() if value.is_floating_point() else value
             else:
                 fixed = leaf_point(block.family, self.leaf_shape(block), torch.Generator().manual_seed(len(name)))
                 values.update(block.values(fixed))
         return values
+
+    def assignments(self, ref: Any) -> Iterator[int]:
+        """Sets the discrete sites of an expression to every state in turn, and to random states; one turn where it has none.
+
+        What holds at one state need not at another: `mu[z] + mu[0]` sees one element of mu where z is 0, and two elsewhere.
+        """
+        discrete = [block for block in self.blocks.values() if block.is_discrete]
+        names = self.graph.tape.latents_of(ref)
+        states = [block.num_states for block in discrete if any(site in names for site in block.site_names)]
+        turns = [0] if not states else [*range(1 + min(max(states), _STATES)), _STATES + 1, _STATES + 2]
+        try:
+            for self._assignment in turns:
+                yield self._assignment
+        finally:
+            self._assignment = 0
+
+    @contextlib.contextmanager
+    def other_data(self) -> Iterator[None]:
+        """Inputs of the same shapes, ranges and signs as the program's: its rows, or the next minibatch's, may be special
+        (`mu[i] - mu[j]` where i = j, a product with zero, a branch that no row takes)."""
+        self._is_other = True
+        try:
+            yield
+        finally:
+            self._is_other = False
+
+    def _state_of(self, block: Block) -> Tensor:
+        """Random states first and last, one state for all elements in between."""
+        site, turn = block.sites[0], self._assignment
+        count = min(block.num_states, _STATES)
+        generic = generic_value(site.name, site.distribution, max(0, turn - _STATES))
+        if not 1 <= turn <= _STATES or block.states is None:
+            return generic
+        return block.states[(turn - 1) % count].to(generic).expand(generic.shape)
 
     def evaluate(self, ref: Any, leaves: Mapping[str, Tensor]) -> Tensor:
         """The expression at the leaves (full shapes); its rows are cut when the program allows it."""
@@ -132,7 +170,7 @@ class Probe:
         return result
 
     def _cut_inputs(self, cut: Mapping[str, int]) -> list[Tensor]:
-        key = tuple(sorted(cut))
+        key = (*sorted(cut), str(self._is_other))
         if key not in self._inputs:
             sizes = set(cut.values())
             inputs = []
@@ -140,6 +178,23 @@ class Probe:
                 for dim, size in enumerate(tensor.shape):
                     if size in sizes:
                         tensor = tensor.narrow(dim, 0, _ROWS)
+                if self._is_other:
+                    tensor = _another(tensor, self.generator)
                 inputs.append(tensor.detach().double() if tensor.is_floating_point() else tensor.detach())
             self._inputs[key] = inputs
         return self._inputs[key]
+
+
+def _another(data: Tensor, generator: torch.Generator) -> Tensor:
+    """Random data of the same range (integers, indices, bits) or signs."""
+    if data.numel() == 0 or data.is_complex():
+        return data
+    if not data.is_floating_point() or bool((data == data.round()).all()):
+        if data.dtype == torch.bool:
+            return (torch.rand(tuple(data.shape), generator=generator) < 0.5).to(data.device)
+        low, high = int(data.min()), int(data.max())
+        return torch.randint(low, high + 1, tuple(data.shape), generator=generator).to(data)
+    noise = torch.randn(tuple(data.shape), generator=generator, dtype=torch.float64).to(data)
+    if bool((data > 0).all()):
+        return torch.sigmoid(noise) if bool((data < 1).all()) else (0.5 * noise).exp() * data.mean()
+    return noise
