@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_blr.memory import Written, as_strided, base_of, out_of_place, place_in
@@ -197,6 +198,17 @@ def _recorded_in(tree: Any) -> Iterator[Recorded]:
             yield from _recorded_in(item)
 
 
+def _tensors_in(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield plain(tree)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _tensors_in(item)
+
+
 def plain(tree: Any) -> Any:
     """The same tree with every recorded tensor replaced by its value."""
     if isinstance(tree, Recorded):
@@ -267,8 +279,13 @@ class Tape:
         if function is torch.tensor:
             return self.record(_stack, args, kwargs, function(*plain(args), **plain(kwargs)))
         result = function(*plain(args), **plain(kwargs))
+        if any(map(is_functorch_wrapped_tensor, _tensors_in((args, kwargs, result)))):
+            self.depart(f"{name.strip('_')} inside a function transform", operands)
+            return result
         if kwargs.get("out") is not None:
             return self._record_out(function, args, kwargs)
+        if name == "broadcast_tensors":
+            return self._record_broadcast(args, result)
         if isinstance(result, Tensor):
             return self.record(_identity if name in _ALIASES else function, args, kwargs, result)
         if isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result):
@@ -276,6 +293,14 @@ class Tape:
         if name not in _FORM:
             self.depart(name, operands)
         return result
+
+    def _record_broadcast(self, args: tuple, result: Sequence[Tensor]) -> tuple:
+        """Each result comes from its own operand alone."""
+        operands = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+        return tuple(
+            self.record(torch.Tensor.expand, (operand, tuple(item.shape)), {}, item) if isinstance(operand, Recorded) else item
+            for operand, item in zip(operands, result, strict=True)
+        )
 
     def _record_write(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A write is a new value of the memory written to, of a plain tensor or a recorded one."""
