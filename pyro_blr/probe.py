@@ -154,7 +154,7 @@ class Probe:
                 with isolated_random_state(0), torch.no_grad():
                     return self.graph.tape.evaluate([ref], self._cut_values(values, cut), self._cut_inputs(cut))[0]
             except (RuntimeError, IndexError, ValueError, TypeError):
-                if not cut:
+                if not cut or self._is_other:
                     raise
                 self._cuts.pop(0)
 
