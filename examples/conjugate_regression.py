@@ -22,8 +22,7 @@ DISTANCE = [
 
 def model(powers, distance=None):
     """A polynomial through the origin (a car that stands needs no distance), with noise of 15 ft."""
-    with pyro.plate("degree", powers.shape[-1]):
-        w = pyro.sample("w", dist.Normal(0.0, 30.0))
+    w = pyro.sample("w", dist.Normal(0.0, 30.0).expand([powers.shape[-1]]).to_event(1))
     with pyro.plate("cars", powers.shape[0]):
         pyro.sample("distance", dist.Normal(powers @ w, 15.0), obs=distance)
 
