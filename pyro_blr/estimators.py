@@ -282,7 +282,7 @@ def batched(
     chunk = max(1, _BUDGET // max(elements, leaves[:1].numel(), 1))
     try:
         return vmap(function, randomness="same", chunk_size=chunk if chunk < count else None)(leaves, others)
-    except (RuntimeError, ValueError, NotImplementedError):
+    except Exception:  # a program may object to batches in any way; if it objects to single draws too, the loop raises
         rows = [(one_by_one or function)(leaves[s], _row(others, s)) for s in range(count)]
         if isinstance(rows[0], Tensor):
             return torch.stack(rows)
