@@ -591,12 +591,12 @@ def _mixed_dims_here(probe: Probe, argument: Argument, block: Block) -> tuple[in
         size = shape[dim]
         if size == 1:
             continue
-        tangent = torch.randn(tuple(shape), generator=probe.generator, dtype=torch.float64)
-        weights = torch.rand(size, generator=probe.generator, dtype=torch.float64) + 0.5
+        tangent = torch.randn(tuple(shape), generator=probe.generator, device="cpu", dtype=torch.float64)
+        weights = torch.rand(size, generator=probe.generator, device="cpu", dtype=torch.float64) + 0.5
         weights = weights.reshape(size, *[1] * (-dim - 1))
         moved = [probe.evaluate(argument.ref, {block.name: point + tangent * weights**k}) - base for k in (0, 1, 2)]
         if argument.role is Vector:  # its entries are correlated with each other: they count as one output
-            contraction = torch.rand(base.shape[-1], generator=probe.generator, dtype=torch.float64) + 0.5
+            contraction = torch.rand(base.shape[-1], generator=probe.generator, device="cpu", dtype=torch.float64) + 0.5
             moved = [(change * contraction).sum(-1) for change in moved]
         if not close(moved[2] * moved[0], moved[1] ** 2):
             mixed.append(dim)
@@ -626,7 +626,7 @@ def _interacts(probe: Probe, ref: Any, blocks: Sequence[Block]) -> bool:
 def _interacts_here(probe: Probe, ref: Any, blocks: Sequence[Block]) -> bool:
     low = {block.name: probe.point(block) for block in blocks}
     high = {block.name: probe.point(block) for block in blocks}
-    total, size = torch.zeros(()), torch.zeros(())
+    total, size = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
     for corner in range(2 ** len(blocks)):
         bits = [(corner >> i) & 1 for i in range(len(blocks))]
         leaves = {block.name: (high if bit else low)[block.name] for block, bit in zip(blocks, bits, strict=True)}

@@ -42,7 +42,7 @@ def standard_normal_draws(num_samples: int, dim: int, seed: int, dtype: torch.dt
     normal = torch.special.ndtri(uniform[:, :sobol].clamp(1e-12, 1 - 1e-12))
     if dim > sobol:
         generator = torch.Generator().manual_seed(seed)
-        normal = torch.cat([normal, torch.randn(half, dim - sobol, generator=generator, dtype=torch.float64)], -1)
+        normal = torch.cat([normal, torch.randn(half, dim - sobol, generator=generator, device="cpu", dtype=torch.float64)], -1)
     return torch.cat([normal, -normal])[:num_samples].to(dtype=dtype, device=device)
 
 
@@ -84,25 +84,30 @@ def bonnet_price(
     if leaves.shape[0] > 1 and (not twice or (event and leaves.shape[-1] > _HESSIAN_DIM)):
         return _stein(function, moments, leaves, others, elements)
     basis, signs = _directions(function, leaves, others, event, seed)
+    whole = basis.shape[0] > (leaves.shape[-1] if event else 1)  # directions for the Hessian of all batch elements together
     inner = max(1, _BUDGET // max(elements, leaves[0].numel(), 1))
 
     def derivatives(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
         other, tangent = other[0], basis * other[1]
         gradient = grad(function)
         products = vmap(lambda t: jvp(lambda u: gradient(u, other), (leaf,), (t,))[1], chunk_size=inner)(tangent)
-        return gradient(leaf, other), _diagonal_blocks(tangent, products, event)
+        return gradient(leaf, other), products if whole else _diagonal_blocks(tangent, products, event)
 
     def one_by_one(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
         other, tangent = other[0], basis * other[1]
         gradient, products = _double_backward(function, leaf, other, tangent)
-        return gradient, _diagonal_blocks(tangent, products, event)
+        return gradient, products if whole else _diagonal_blocks(tangent, products, event)
 
     size = max(elements, leaves[0].numel()) * min(basis.shape[0], inner)
     gradients, hessian = batched(derivatives, leaves, (others, signs), size, one_by_one)
-    hessian = hessian.mean(0)
+    hessian, result = hessian.mean(0), {"mean": gradients.mean(0)}
+    if whole:
+        flat = hessian.flatten(1)
+        result["hessian"] = 0.5 * (flat + flat.mT)
+        hessian = _diagonal_blocks(basis, hessian, event)
     if event:
-        return {"mean": gradients.mean(0), "covariance": 0.25 * (hessian + hessian.mT)}
-    return {"mean": gradients.mean(0), "variance": 0.5 * hessian}
+        return {**result, "covariance": 0.25 * (hessian + hessian.mT)}
+    return {**result, "variance": 0.5 * hessian}
 
 
 def _directions(function: Function, leaves: Tensor, others: Any, event: bool, seed: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +125,7 @@ def _directions(function: Function, leaves: Tensor, others: Any, event: bool, se
     if batch.numel() == 1:
         return basis, ones
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (leaves.shape[0], *batch, *tail), generator=generator, dtype=torch.int8).to(leaves) * 2 - 1
+    signs = torch.randint(0, 2, (leaves.shape[0], *batch, *tail), generator=generator, device="cpu", dtype=torch.int8).to(leaves) * 2 - 1
     if not _elements_interact(function, leaves, others, signs):
         return basis, ones
     if shape.numel() <= _HESSIAN_DIM:

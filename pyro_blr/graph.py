@@ -253,9 +253,9 @@ def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1
         states = distribution.enumerate_support(expand=False)
         shape = distribution.batch_shape
         if 0 < draw < states.shape[0]:  # the first draws go through every other state
-            index = torch.randint(states.shape[0], tuple(shape), generator=_generator(f"{name}:0")) + draw
+            index = torch.randint(states.shape[0], tuple(shape), generator=_generator(f"{name}:0"), device="cpu") + draw
         else:
-            index = torch.randint(states.shape[0], tuple(shape), generator=generator)
+            index = torch.randint(states.shape[0], tuple(shape), generator=generator, device="cpu")
         index = (index % states.shape[0]).to(states.device)
         flat = states.reshape(states.shape[0], *distribution.event_shape)
         return flat[index]
@@ -266,8 +266,8 @@ def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1
     reference = _reference_tensor(distribution)
     shape = distribution.batch_shape + distribution.event_shape
     if _innermost_support(support) is constraints.positive_definite:
-        root = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * radius
-        matrix = root @ root.mT / shape[-1] + 0.5 * torch.eye(shape[-1], dtype=torch.float64)
+        root = torch.randn(tuple(shape), generator=generator, device="cpu", dtype=torch.float64) * radius
+        matrix = root @ root.mT / shape[-1] + 0.5 * torch.eye(shape[-1], dtype=torch.float64, device=root.device)
         return matrix.to(dtype=reference.dtype, device=reference.device)
     try:
         transform = biject_to(support)
@@ -275,7 +275,7 @@ def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1
         with isolated_random_state(zlib.crc32(f"{name}:{draw}".encode())):
             return distribution.sample()
     shape = transform.inverse_shape(shape)
-    unconstrained = (torch.rand(tuple(shape), generator=generator, dtype=torch.float64) * 2 - 1) * radius
+    unconstrained = (torch.rand(tuple(shape), generator=generator, device="cpu", dtype=torch.float64) * 2 - 1) * radius
     return transform(unconstrained.to(dtype=reference.dtype, device=reference.device))
 
 

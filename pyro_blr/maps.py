@@ -220,7 +220,7 @@ def _matrix(name: str, function: LeafFunction, like: Tensor) -> Any:
     d = like.shape[-1]
     batch = like.shape[:-2]
     generator = torch.Generator().manual_seed(3)
-    root = torch.randn(d, d, generator=generator, dtype=torch.float64).to(like.device)
+    root = torch.randn(d, d, generator=generator, device="cpu", dtype=torch.float64).to(like.device)
     pattern = root @ root.mT + torch.eye(d, dtype=torch.float64, device=like.device)
     numbers = _numbered(like[..., 0, 0]) if batch else torch.ones((), dtype=torch.float64, device=like.device)
     value = function({name: numbers[..., None, None] * pattern})

@@ -42,6 +42,11 @@ class Messages:
             for block in plan.blocks:
                 self.factors_of[block].append(name)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the sites are, and with them λ and every sum."""
+        return next(iter(self.blocks.values())).device
+
     def is_exact(self, block: str) -> bool:
         """Whether every message to the block is in closed form."""
         return all(self.plans[name].exact for name in self.factors_of[block])
@@ -98,11 +103,11 @@ class Messages:
 
     def expected_log_prob(self, factors: Iterable[str], moments: Moments, samples: Mapping[str, Tensor] | None = None) -> Tensor:
         """Σ_f s_f E_q[log f] over some factors, a float64 scalar."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         replayed = [name for name in factors if self.plans[name].replayed]
         for name in factors:
             if name not in replayed:
-                total = total + self.averages[name].total(moments, samples or {}).to(total.device)
+                total = total + self.averages[name].total(moments, samples or {})
         if replayed:
             total = total + self.replays.total(replayed, moments, samples or {})
         return total
@@ -145,12 +150,12 @@ class Messages:
 
     def entropy(self, naturals: Mapping[str, Tensor], silent: Mapping[str, Tensor] | None = None) -> Tensor:
         """Σ_i s_i H(q_i), in the block's own variable, without silent elements; a float64 scalar."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, block in self.blocks.items():
             entropy = block.family.entropy(naturals[name])
             if silent is not None and name in silent:
                 entropy = torch.where(silent[name], 0.0, entropy)
             if block.copies is not None:
                 entropy = entropy * block.copies
-            total = total + block.scale * entropy.sum(dtype=torch.float64).to(total.device)
+            total = total + block.scale * entropy.sum(dtype=torch.float64)
         return total

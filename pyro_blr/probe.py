@@ -57,7 +57,7 @@ def leaf_shape(block: Block) -> tuple[int, ...]:
 
 def leaf_point(family: ExponentialFamily, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """A random value of the block's own variable, float64, away from the boundary of its support."""
-    normal = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    normal = torch.randn(tuple(shape), generator=generator, device="cpu", dtype=torch.float64)
     if isinstance(family, (Normal, MultivariateNormal, LogNormal, TransformedNormal)):
         return normal
     if isinstance(family, (Gamma, InverseGamma)):
@@ -68,7 +68,7 @@ def leaf_point(family: ExponentialFamily, shape: Sequence[int], generator: torch
         return torch.softmax(normal, -1)
     if isinstance(family, Wishart):
         d = shape[-1]
-        return normal @ normal.mT / d + 0.5 * torch.eye(d, dtype=torch.float64)
+        return normal @ normal.mT / d + 0.5 * torch.eye(d, dtype=torch.float64, device=normal.device)
     raise TypeError(f"{type(family).__name__} has no continuous values")
 
 
@@ -101,14 +101,14 @@ class Probe:
         values: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
             if name in leaves:
-                values.update(block.values(leaves[name]))
+                values.update(block.values(leaves[name].to(block.device)))
             elif block.is_discrete:
                 for site in block.sites:
                     value = self._state_of(block)
                     values[site.name] = value.double() if value.is_floating_point() else value
             else:
                 fixed = leaf_point(block.family, self.leaf_shape(block), torch.Generator().manual_seed(len(name)))
-                values.update(block.values(fixed))
+                values.update(block.values(fixed.to(block.device)))
         return values
 
     def assignments(self, ref: Any) -> Iterator[int]:
@@ -152,7 +152,8 @@ class Probe:
             cut = self._cuts[0]
             try:
                 with isolated_random_state(0), torch.no_grad():
-                    return self.graph.tape.evaluate([ref], self._cut_values(values, cut), self._cut_inputs(cut))[0]
+                    found = self.graph.tape.evaluate([ref], self._cut_values(values, cut), self._cut_inputs(cut))[0]
+                    return found.cpu() if isinstance(found, Tensor) else found
             except (RuntimeError, IndexError, ValueError, TypeError):
                 if not cut or self._is_other:
                     raise
@@ -191,10 +192,10 @@ def _another(data: Tensor, generator: torch.Generator) -> Tensor:
         return data
     if not data.is_floating_point() or bool((data == data.round()).all()):
         if data.dtype == torch.bool:
-            return (torch.rand(tuple(data.shape), generator=generator) < 0.5).to(data.device)
+            return (torch.rand(tuple(data.shape), generator=generator, device="cpu") < 0.5).to(data.device)
         low, high = int(data.min()), int(data.max())
-        return torch.randint(low, high + 1, tuple(data.shape), generator=generator).to(data)
-    noise = torch.randn(tuple(data.shape), generator=generator, dtype=torch.float64).to(data)
+        return torch.randint(low, high + 1, tuple(data.shape), generator=generator, device="cpu").to(data)
+    noise = torch.randn(tuple(data.shape), generator=generator, device="cpu", dtype=torch.float64).to(data)
     if bool((data > 0).all()):
         return torch.sigmoid(noise) if bool((data < 1).all()) else (0.5 * noise).exp() * data.mean()
     return noise
