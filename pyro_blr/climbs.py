@@ -93,10 +93,11 @@ def climb(ascent: Ascent, draws: Draws, tol: float, limit: int, tick: Callable[[
     A sweep is halved while the bound falls by more than the draws' own noise.  `tick` is told the bound after every sweep, and says
     whether there may be another.
     """
-    first, previous, rate, ceiling, stalls = math.inf, math.inf, 1.0, 1.0, 0
+    first, previous, rate, ceiling = math.inf, math.inf, 1.0, 1.0
     values: Tensor | None = None if ascent.beliefs.points else ascent.finite_estimates(draws)
-    remaining = math.inf
+    remaining, last = math.inf, None
     for number in range(limit):
+        start = ascent.beliefs
         moved = guarded_sweep(ascent, draws, rate, values)
         if moved is None:
             return Climb(remaining < 10 * tol, min(first, remaining), remaining)
@@ -108,11 +109,39 @@ def climb(ascent: Ascent, draws: Draws, tol: float, limit: int, tick: Callable[[
             return Climb(True, first, remaining)
         if not more:
             break
-        stalls = stalls + 1 if distance >= 0.9 * previous else 0
-        if stalls >= 2:
-            ceiling, stalls = max(0.5 * ceiling, 1 / 64), 0
-        previous, rate = distance, min(ceiling, 2 * rate)
+        step = _Step.between(start, ascent.beliefs, rate)
+        overlap = step.overlap(last) if last is not None else 1.0
+        ceiling = max(rate / (1 - overlap), 1 / 64) if overlap < -0.2 else min(1.0, 1.2 * ceiling)
+        previous, last, rate = distance, step, min(ceiling, 2 * rate)
     return Climb(False, first, remaining)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A full step's change of λ and of μ in every block."""
+
+    natural: dict[str, Tensor]
+    expectation: dict[str, Tensor]
+
+    @staticmethod
+    def between(start: Beliefs, end: Beliefs, rate: float) -> _Step:
+        naturals, expectations = {}, {}
+        for name, block in start.blocks.items():
+            new, old = end.naturals[name], start.naturals[name]
+            naturals[name] = block.scale * (new - old) / rate
+            expectations[name] = (block.family.to_expectation(new) - block.family.to_expectation(old)) / rate
+        return _Step(naturals, expectations)
+
+    def overlap(self, before: _Step) -> float:
+        """⟨this, before⟩ / ⟨before, before⟩ in the Fisher metric: negative where steps overshoot.
+
+        Steps that shrink by q at rate ρ along one direction vanish at the rate ρ / (1 − q).
+        """
+        names = [name for name in self.natural if self.natural[name].shape == before.natural[name].shape]
+        inner = sum(float((self.natural[n] * before.expectation[n]).sum()) for n in names)
+        size = sum(float((before.natural[n] * before.expectation[n]).sum()) for n in names)
+        ratio = inner / size if size > 0 else 1.0
+        return ratio if math.isfinite(ratio) else 1.0
 
 
 def extrapolation(previous: float, distance: float) -> float:

@@ -21,7 +21,8 @@ __all__ = ["Run"]
 CALM_SWEEPS = 10  # consecutive sweeps that the remaining gain must stay small for
 LEVELS = (64, 256, 1024, 4096)  # draws; each level starts from the optimum of the one before
 REPLAYED_LEVELS = (64, 256)  # the same where every draw runs the model again
-LEVEL_STEPS = 100
+WORK = 10**10
+LEVEL_STEPS = 100  # sweeps at most on every level
 
 
 class Run:
@@ -111,7 +112,7 @@ class Run:
         if self.first_step == 0:
             newton_start(self.ascent)
         replayed = any(plan.replayed for plan in self.program.plans.values())
-        levels = REPLAYED_LEVELS if replayed else LEVELS
+        levels = REPLAYED_LEVELS if replayed else self._affordable()
         climbed = None
         for level, size in enumerate(levels):
             climbed = climb(self.ascent, Draws(seed + level, size), tol, LEVEL_STEPS, self._tock)
@@ -127,6 +128,15 @@ class Run:
             else:
                 self.stop_reason = f"the steps on {size} fixed draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
         self.ascent.measure(Draws(fresh_seed(), levels[-1]))
+
+    def _affordable(self) -> tuple[int, ...]:
+        """The levels whose sweep costs at most `WORK` numbers: large data determine their posterior from few draws."""
+        messages = self.program.messages
+        factors = [name for name, plan in self.program.plans.items() if not plan.exact]
+        drawn = {name for factor in factors for name in self.program.plans[factor].sampled}
+        directions = max((self.ascent.beliefs.naturals[name].shape[-1] for name in drawn), default=1)
+        cost = messages.elements(factors) * min(directions, 200)
+        return tuple(size for size in LEVELS if size == LEVELS[0] or size * cost <= WORK)
 
     def _tock(self, bound: float) -> bool:
         self._tick(bound)

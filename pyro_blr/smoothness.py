@@ -14,7 +14,8 @@ from pyro_blr.estimators import batched
 
 __all__ = ["smoothness"]
 
-_REFINEMENTS = (16, 64, 512)
+_POINTS = 16  # on a line
+_BISECTIONS = 24  # of a line whose sum is doubted: what is smooth is resolved by then, a jump never
 _TOLERANCE = 1e-2
 
 
@@ -40,7 +41,10 @@ def smoothness(function: Callable[[Tensor, Any], Tensor], leaves: Tensor, others
 
 
 def _integrates(function: Callable, start: Tensor, apart: Tensor, others: Any, level: int, elements: int) -> bool:
-    """Whether φ⁽ᵏ⁾ is the integral of φ⁽ᵏ⁺¹⁾, φ(t) = f(start + t apart), along every line; sums are refined before they are doubted."""
+    """Whether φ⁽ᵏ⁾ is the integral of φ⁽ᵏ⁺¹⁾, φ(t) = f(start + t apart), along every line.
+
+    Where it is not, the worse half of the line is looked at again: on a piece that is short enough a smooth φ is resolved.
+    """
 
     def derivatives(t: Tensor, place: Any) -> tuple[Tensor, Tensor]:
         def along(s: Tensor) -> Tensor:
@@ -57,22 +61,25 @@ def _integrates(function: Callable, start: Tensor, apart: Tensor, others: Any, l
                 value = _slope(value, t, True)
             return value.detach(), _slope(value, t, False).detach()
 
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    for count in _REFINEMENTS:
-        middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        times = torch.cat([ends, middles]).repeat(start.shape[0])
-        rows = torch.arange(start.shape[0]).repeat_interleave(count + 2)
+    middles = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS
+    on_line = torch.cat([torch.tensor([0.0, 1.0], dtype=torch.float64), middles])
+    for _ in range(_BISECTIONS):
+        times = on_line.repeat(start.shape[0])
+        rows = torch.arange(start.shape[0]).repeat_interleave(on_line.numel())
         places = (start[rows], apart[rows], _rows(others, rows))
-        values, slopes = (x.reshape(-1, count + 2) for x in batched(derivatives, times, places, elements, one_by_one))
+        values, slopes = (x.reshape(-1, on_line.numel()) for x in batched(derivatives, times, places, elements, one_by_one))
         change = values[:, 1] - values[:, 0]
         travelled = slopes[:, 2:].abs().mean(1) + change.abs()
-        wrong = (slopes[:, 2:].mean(1) - change).abs() > _TOLERANCE * travelled + 1e-7 * values.abs().amax(1)
+        excess = (slopes[:, 2:].mean(1) - change).abs() - _TOLERANCE * travelled - 1e-7 * values.abs().amax(1)
+        wrong = excess > 0
         if not bool(wrong.any()):
             return True
         if not bool(slopes[wrong].any()):
             return False
-        doubted = wrong.nonzero().flatten()[:2]
-        start, apart, others = start[doubted], apart[doubted], _rows(others, doubted)
+        doubted = (excess / travelled.clamp_min(1e-300)).nan_to_num(-1.0).topk(min(2, int(wrong.sum()))).indices
+        start, apart, others = start[doubted], 0.5 * apart[doubted], _rows(others, doubted)
+        start, apart = torch.cat([start, start + apart]), torch.cat([apart, apart])
+        others = {key: torch.cat([value, value]) for key, value in others.items()}
     return False
 
 

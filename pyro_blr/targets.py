@@ -12,6 +12,7 @@ from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import Block, is_gaussian
 from pyro_blr.draws import Draws
 from pyro_blr.estimators import batched, bonnet_price, enumerated, reparameterised, score_function
+from pyro_blr.families import LogNormal
 from pyro_blr.graph import isolated_random_state
 from pyro_blr.messages import Messages
 from pyro_blr.smoothness import smoothness
@@ -29,6 +30,7 @@ class Targets:
         self.messages, self.blocks = messages, messages.blocks
         self._orders: dict[str, int] = {}
         self._controls: dict[str, dict[str, Tensor]] = {}
+        self._hessians: dict[str, Tensor] = {}  # of factorised Gaussian blocks whose elements interact
         self._every = tuple(dict.fromkeys(b for plan in messages.plans.values() for b in plan.sampled))
 
     def exact(self, name: str, beliefs: Beliefs) -> Tensor:
@@ -85,8 +87,31 @@ class Targets:
         """The target with the messages of the block's other factors estimated from draws."""
         natural = beliefs.naturals[name]
         message = self.messages.exact_message(name, natural, beliefs.wide).to(natural.dtype)
+        self._hessians.pop(name, None)
         message = message + self.sampled_message(name, beliefs, draws).to(natural.dtype)
-        return self._share(name, natural, message)
+        target = self._share(name, natural, message)
+        return self._jointly(name, beliefs, target) if name in self._hessians else target
+
+    def _jointly(self, name: str, beliefs: Beliefs, target: Tensor) -> Tensor:
+        """The target with all means moved together, by Newton's step m − H⁻¹ ∇, where elements of a factorised block interact.
+
+        Each element by itself would move as if the others stayed, and together they would overshoot.
+        """
+        family, mean = self.blocks[name].family, beliefs.wide[name]["mean"]
+        if not bool(family.contains(target).all()):
+            return target
+        wanted = family.moments(target)
+        precisions = torch.linalg.inv(wanted["covariance"]) if "covariance" in wanted else wanted["variance"].reciprocal()
+        precisions = precisions.reshape(-1, *precisions.shape[-2:] if "covariance" in wanted else (1, 1))
+        apart = torch.block_diag(*precisions)
+        gradient = apart @ (wanted["mean"] - mean).flatten().to(apart)
+        own = torch.block_diag(*torch.ones_like(precisions)) > 0
+        precision = torch.where(own, apart, -self._hessians[name].to(apart) / self.blocks[name].scale)
+        factor, failed = torch.linalg.cholesky_ex(precision)
+        if int(failed):
+            return target
+        step = torch.cholesky_solve(gradient.unsqueeze(-1), factor).reshape(mean.shape)
+        return _gaussian_natural(family, (mean + step).to(target.dtype), wanted, target)
 
     def sampled_message(self, name: str, beliefs: Beliefs, draws: Draws) -> Tensor:
         """Σ_f s_f ∇_μ E_q[log f] over the block's factors that need draws, of this block or of others."""
@@ -142,6 +167,8 @@ class Targets:
         if is_gaussian(block.family):
             gradients = bonnet_price(function, beliefs.moments[name], mine, others, draws.seed, elements, twice=order == 2)
             self._controls[name] = gradients
+            if "hessian" in gradients:
+                self._hessians[name] = gradients["hessian"]
             return block.family.message(natural, {key: g.double() for key, g in gradients.items()})
         with isolated_random_state(draws.seed_of(name)):
             message = reparameterised(function, block.family, natural, mine, others, elements)
@@ -165,7 +192,11 @@ class Targets:
     def _smoothness(self, name: str, function: Callable, beliefs: Beliefs, factors: Sequence[str], elements: int) -> int:
         """How many derivatives of the block's sampled factors are to be believed, seen once between draws of a wide q."""
         if name not in self._orders:
-            leaves = self._leaves(factors, beliefs, Draws(7, 16))
+            wide = beliefs.copy()
+            for point in beliefs.points:
+                if is_gaussian(self.blocks[point].family):  # a value to start from has no width
+                    wide.set_moments(point, {**beliefs.wide[point], **_unit_width(beliefs.wide[point])})
+            leaves = self._leaves(factors, wide, Draws(7, 16))
             others = {b: leaf for b, leaf in leaves.items() if b != name}
             self._orders[name] = smoothness(function, leaves[name], others, elements)
         return self._orders[name]
@@ -221,7 +252,16 @@ def _gaussian_natural(family: Any, mean: Tensor, moments: Mapping[str, Tensor], 
         first = (precision @ mean.unsqueeze(-1)).squeeze(-1)
     else:
         first = (mean / moments["variance"]).unsqueeze(-1)
+    if isinstance(family, LogNormal):
+        first = first - 1  # the Jacobian of log x
     return torch.cat([first, like[..., first.shape[-1] :]], -1)
+
+
+def _unit_width(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if "variance" in moments:
+        return {"variance": torch.ones_like(moments["variance"])}
+    eye = torch.eye(moments["mean"].shape[-1], dtype=moments["mean"].dtype, device=moments["mean"].device)
+    return {"covariance": eye.expand_as(moments["covariance"])}
 
 
 def _at(tree: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
