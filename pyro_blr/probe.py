@@ -187,12 +187,14 @@ class Probe:
 
 
 def _another(data: Tensor, generator: torch.Generator) -> Tensor:
-    """Random data of the same range (integers, indices, bits) or signs."""
+    """Random data of the same range (integers, indices, bits; a permutation for a permutation) or signs."""
     if data.numel() == 0 or data.is_complex():
         return data
     if not data.is_floating_point() or bool((data == data.round()).all()):
         if data.dtype == torch.bool:
             return (torch.rand(tuple(data.shape), generator=generator, device="cpu") < 0.5).to(data.device)
+        if torch.equal(data.flatten().sort().values.long(), torch.arange(data.numel(), device=data.device)):
+            return torch.randperm(data.numel(), generator=generator).reshape(data.shape).to(data)
         low, high = int(data.min()), int(data.max())
         return torch.randint(low, high + 1, tuple(data.shape), generator=generator, device="cpu").to(data)
     noise = torch.randn(tuple(data.shape), generator=generator, device="cpu", dtype=torch.float64).to(data)
