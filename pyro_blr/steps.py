@@ -5,21 +5,26 @@ from __future__ import annotations
 import math
 
 from pyro_blr.ascent import Ascent
+from pyro_blr.checks import check_natural
 from pyro_blr.climbs import guarded_sweep, newton_start
 from pyro_blr.draws import Draws, fresh_seed
-from pyro_blr.rules import RobbinsMonro
+from pyro_blr.program import Program
+from pyro_blr.rules import Passes, RobbinsMonro
 
 __all__ = ["take_step"]
 
 NUM_DRAWS = 32
 LOCAL_SWEEPS = 50  # sweeps over local blocks at most, before a global step on a minibatch
+INNER_STEPS = 10  # times that a step on a minibatch looks for its own end
+INNER_LOCAL_SWEEPS = 3  # sweeps over several local blocks each time
+INNER_TOLERANCE = 1e-3  # relative change of λ below which it has found it
 FULL_STEPS = 5  # steps at ρ = 1 before the rate shrinks, on full data
 
 schedule = RobbinsMonro(delay=1.0, decay=0.6)
 
 
 def take_step(ascent: Ascent, number: int) -> None:
-    """A full sweep; on a minibatch locals go to their optimum first, and globals move by ρ_t."""
+    """A full sweep; on a minibatch locals go to their optimum, and globals move by ρ_t."""
     program = ascent.program
     if program.is_exact and not program.is_subsampled:
         ascent.sweep()
@@ -30,7 +35,10 @@ def take_step(ascent: Ascent, number: int) -> None:
     local = [name for name in ascent.order if name in program.local_blocks()] if program.is_subsampled else []
     if program.is_subsampled:
         _optimise_locals(ascent, local, draws)
-        rate = schedule.rate(number)
+        rate = Passes(_steps_of_a_pass(program)).rate(number)
+        if draws is None and number > 0:
+            _implicit_step(ascent, local, rate)
+            return
     else:
         rate = 1.0 if number < FULL_STEPS else schedule.rate(number - FULL_STEPS + 1)
     names = [name for name in ascent.order if name not in local]
@@ -38,6 +46,11 @@ def take_step(ascent: Ascent, number: int) -> None:
         ascent.sweep(names, None, rate)
     else:
         guarded_sweep(ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names)
+
+
+def _steps_of_a_pass(program: Program) -> float:
+    """How many minibatches of this size are as large as the data."""
+    return math.prod(plate.size / plate.subsample_size for plate in program.graph.plates.values())
 
 
 def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> None:
@@ -54,3 +67,27 @@ def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> N
         if abs(bound - previous) <= 1e-6 * max(1.0, abs(bound)):
             break
         previous = bound
+
+
+def _implicit_step(ascent: Ascent, local: list[str], rate: float) -> None:
+    """λ ← (1 − ρ) λ_t + ρ λ̂(λ), the target taken where the step ends, locals at their optimum there too: the maximum of the
+    minibatch's bound − (1/ρ − 1) KL(q_λ ‖ q_λt) by fixed-point iteration (Theis and Hoffman 2015, eq. 8).
+
+    It sees each datum as often as the plain step, and gains several times as much from it.
+    """
+    names = [name for name in ascent.order if name not in local]
+    before = dict(ascent.beliefs.naturals)
+    for inner in range(INNER_STEPS):
+        if inner:
+            for _ in range(INNER_LOCAL_SWEEPS if len(local) > 1 else 1):
+                ascent.sweep(local)
+        settled = True
+        for name in names:
+            last = ascent.beliefs.naturals[name]
+            target = ascent.target(name, None)
+            check_natural(ascent.program.blocks[name], target)
+            moved = ascent.rule.step(ascent.program.blocks[name].family, before[name], target, rate)
+            ascent.beliefs.update(name, moved)
+            settled = settled and bool((moved - last).norm() <= INNER_TOLERANCE * last.norm())
+        if settled:
+            return

@@ -5,6 +5,7 @@ Draws come from torch's generator.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 from pyro_blr.ascent import Ascent
 from pyro_blr.blocks import is_gaussian
 from pyro_blr.checks import ImproperPosteriorError
+from pyro_blr.draws import Draws
 
 __all__ = ["broken_start"]
 
 SHORT_SWEEPS = 20  # of each candidate start, before the best is kept
 WORK = 2e7  # elements × states × sweeps that the choice among candidate starts may cost
 SHRINK = 0.75  # each candidate seeds this fraction of the components of the one before
+_DOUBT = 1e-2  # odds of the other components where data are assigned to their best
+_AT_MEANS = Draws(0, 0)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def broken_start(ascent: Ascent) -> Ascent:
         trial = Ascent(ascent.program, start.copy(), last)
         for mixture in mixtures:
             _seed(trial, mixture, count)
+        _scatter(trial)
         for name in _saddle_blocks(trial):
             _randomise_mean(trial, name)
         if len(counts) == 1:
@@ -98,17 +103,16 @@ def _mixtures(ascent: Ascent) -> list[_Mixture]:
 
 
 def _components(ascent: Ascent, name: str) -> list[str]:
-    """The continuous blocks that the states of a discrete block choose between, all exact."""
+    """The blocks that the states of a discrete block choose between, in closed form (given draws of others, perhaps)."""
     messages = ascent.program.messages
-    found = [b for f in _factors(ascent, name) for b in messages.plans[f].analytic if messages.is_exact(b)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(b for f in _factors(ascent, name) for b in messages.plans[f].analytic))
 
 
 def _factors(ascent: Ascent, name: str) -> list[str]:
-    """The exact factors of a discrete block besides its own statement."""
+    """The factors of a discrete block besides its own statement, as far as its states are summed over."""
     messages = ascent.program.messages
     own = ascent.program.blocks[name].site_names
-    return [f for f in messages.factors_of[name] if f not in own and messages.plans[f].exact]
+    return [f for f in messages.factors_of[name] if f not in own and name in messages.plans[f].enumerated]
 
 
 def _seed(ascent: Ascent, mixture: _Mixture, count: int) -> None:
@@ -127,7 +131,7 @@ def _seed(ascent: Ascent, mixture: _Mixture, count: int) -> None:
         for name, shape, rows in zip(mixture.discrete, shapes, chosen.split(sizes), strict=True):
             beliefs.set_moments(name, {"probs": rows.reshape(shape)})
         for other in mixture.components:
-            target = ascent.targets.exact(other, beliefs)
+            target = ascent.target(other, _AT_MEANS)
             inside = bool(ascent.program.blocks[other].family.contains(target).all())
             beliefs.update(other, target if inside else before[other])
         table = torch.cat([_table(ascent, name) for name in mixture.discrete])
@@ -136,6 +140,8 @@ def _seed(ascent: Ascent, mixture: _Mixture, count: int) -> None:
         badness[chosen.sum(-1) > 0] = 0.0
     scores = table.double()
     scores[:, count:] = -torch.inf
+    if not ascent.program.is_exact:  # what is not seeded (a common scale, say) is still too wide to tell the components apart
+        scores = torch.nn.functional.one_hot(scores.argmax(-1), mixture.num_states) * -math.log(_DOUBT)
     for name, shape, rows in zip(mixture.discrete, shapes, scores.softmax(-1).split(sizes), strict=True):
         _set_probabilities(ascent, name, rows.reshape(shape))
 
@@ -149,9 +155,28 @@ def _draw(weights: Tensor) -> int:
 
 
 def _table(ascent: Ascent, name: str) -> Tensor:
-    """(elements, K): how well each state explains each element."""
-    table = ascent.program.messages.state_table(name, ascent.beliefs.moments, _factors(ascent, name))
+    """(elements, K): how well each state explains each element, blocks that need draws standing at their means."""
+    messages, beliefs, factors = ascent.program.messages, ascent.beliefs, _factors(ascent, name)
+    drawn = {b for f in factors for b in messages.plans[f].sampled}
+    if drawn:
+        leaves = _AT_MEANS.leaves(ascent.program.blocks, sorted(drawn), beliefs, sorted(drawn))
+        probs = beliefs.moments[name]["probs"].detach().requires_grad_()
+        with torch.enable_grad():
+            total = messages.average_over(factors, {**beliefs.moments, name: {"probs": probs}}, leaves).mean()
+            table = torch.autograd.grad(total, probs)[0]
+    else:
+        table = messages.state_table(name, beliefs.moments, factors)
     return table.reshape(-1, table.shape[-1])
+
+
+def _scatter(ascent: Ascent) -> None:
+    """Discrete blocks whose components can only be drawn start at random assignments."""
+    plans = ascent.program.messages.plans
+    for name, block in ascent.program.blocks.items():
+        if block.is_discrete and block.batch_shape.numel() > 1 and not _components(ascent, name):
+            if any(plans[f].sampled for f in _factors(ascent, name)):
+                scores = torch.randn((*block.batch_shape, block.num_states), dtype=torch.float64).to(block.device)
+                _set_probabilities(ascent, name, scores.softmax(-1))
 
 
 def _set_probabilities(ascent: Ascent, name: str, probs: Tensor) -> None:
