@@ -207,11 +207,11 @@ def test_exact_messages_are_their_definition(name: str, seed: int) -> None:
     assert report.counts["factors by draws"] == 0
 
 
+PRECISION = "    t = pyro.sample('t', dist.Gamma(2.0, 1.5))\n"
 SINGLE = {
-    "mean and precision": "    r = pyro.sample('r', dist.Normal(0.3, 1.2))\n    t = pyro.sample('t', dist.Gamma(2.0, 1.5))\n"
+    "mean and precision": f"    r = pyro.sample('r', dist.Normal(0.3, 1.2))\n{PRECISION}"
     "    y = pyro.sample('y', dist.Normal(r, t.rsqrt()), obs=torch.tensor(0.4))\n",
-    "counts": "    t = pyro.sample('t', dist.Gamma(2.0, 1.5))\n"
-    "    y = pyro.sample('y', dist.Poisson(2.0 * t), obs=torch.tensor(3.0))\n",
+    "counts": f"{PRECISION}    y = pyro.sample('y', dist.Poisson(2.0 * t), obs=torch.tensor(3.0))\n",
 }
 
 
