@@ -77,8 +77,18 @@ class Messages:
         mask = torch.ones((), dtype=torch.bool, device=self.blocks[block].device)
         for item in masks:
             wide = torch.as_tensor(item, dtype=torch.bool, device=mask.device)
-            mask = mask & (wide if item is inner else wide.reshape(wide.shape + (1,) * self.blocks[block].elements))
+            if item is inner:
+                mask = mask & self._masked_elements(block, wide)
+            else:
+                mask = mask & wide.reshape(wide.shape + (1,) * self.blocks[block].elements)
         return ~mask.expand(self.blocks[block].batch_shape)
+
+    def _masked_elements(self, block: str, mask: Tensor) -> Tensor:
+        """A distribution's own mask, before `to_event`: an element of q is heard where any entry of its event is."""
+        constructed = self.graph.factors[self.blocks[block].site_names[0]].constructed
+        assert constructed is not None
+        within = constructed.reinterpreted - self.blocks[block].elements
+        return mask.expand(constructed.batch_shape).flatten(-within).any(-1) if within > 0 else mask
 
     def neighbours(self, block: str) -> set[str]:
         """Blocks that share a factor with this one."""

@@ -7,6 +7,8 @@ the program still runs on them.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ __all__ = ["Probe", "close", "leaf_point", "leaf_shape"]
 _ROWS = 12  # rows of a large plate that are enough to see a form
 _LARGE = 64  # plates beyond this size are cut
 _STATES = 8  # states of a discrete site that are looked at one by one
+_TURNS = 16  # joint states of several
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -80,7 +83,8 @@ class Probe:
         self.generator = torch.Generator().manual_seed(20230717)
         self._cuts = self._possible_cuts()
         self._inputs: dict[tuple[str, ...], list[Tensor]] = {}
-        self._assignment = 0
+        self._states: dict[str, tuple[int, int]] = {}
+        self._draw = 0
         self._is_other = False
 
     def _possible_cuts(self) -> list[dict[str, int]]:
@@ -112,19 +116,27 @@ class Probe:
         return values
 
     def assignments(self, ref: Any) -> Iterator[int]:
-        """Sets the discrete sites of an expression to every state in turn, and to random states; one turn where it has none.
+        """Sets the discrete sites of an expression to their joint states in turn, and to random ones; one turn where it has none.
 
-        What holds at one state need not at another: `mu[z] + mu[0]` sees one element of mu where z is 0, and two elsewhere.
+        What holds at one state need not at another: `mu[j] + mu[k]` sees one element of mu where j = k, and two elsewhere.
         """
-        discrete = [block for block in self.blocks.values() if block.is_discrete]
         names = self.graph.tape.latents_of(ref)
-        states = [block.num_states for block in discrete if any(site in names for site in block.site_names)]
-        turns = [0] if not states else [*range(1 + min(max(states), _STATES)), _STATES + 1, _STATES + 2]
+        discrete = [b for b in self.blocks.values() if b.is_discrete and any(site in names for site in b.site_names)]
+        sizes = [min(block.num_states, _STATES) for block in discrete]
+        joint = list(itertools.islice(itertools.product(*map(range, sizes)), _TURNS)) if discrete else []
+        if math.prod(sizes) > _TURNS:  # too many: states that differ from site to site by every step
+            joint = [tuple((t + i * (t // _STATES)) % n for i, n in enumerate(sizes)) for t in range(_TURNS)]
         try:
-            for self._assignment in turns:
-                yield self._assignment
+            yield 0
+            strides = (0, 1) if any(block.batch_shape.numel() > 1 for block in discrete) else (0,)
+            for turn, (states, stride) in enumerate(itertools.product(joint, strides), 1):
+                self._states = {block.name: (state, stride) for block, state in zip(discrete, states, strict=True)}
+                yield turn
+            self._states = {}
+            for self._draw in (1, 2, 3) if discrete else ():
+                yield 2 * _TURNS + self._draw
         finally:
-            self._assignment = 0
+            self._states, self._draw = {}, 0
 
     @contextlib.contextmanager
     def other_data(self) -> Iterator[None]:
@@ -137,13 +149,14 @@ class Probe:
             self._is_other = False
 
     def _state_of(self, block: Block) -> Tensor:
-        """Random states first and last, one state for all elements in between."""
-        site, turn = block.sites[0], self._assignment
-        count = min(block.num_states, _STATES)
-        generic = generic_value(site.name, site.distribution, max(0, turn - _STATES))
-        if not 1 <= turn <= _STATES or block.states is None:
+        """Random states, or those of the turn: one for all elements, or counting on from element to element."""
+        site = block.sites[0]
+        generic = generic_value(site.name, site.distribution, self._draw)
+        if block.name not in self._states or block.states is None:
             return generic
-        return block.states[(turn - 1) % count].to(generic).expand(generic.shape)
+        state, stride = self._states[block.name]
+        index = (state + stride * torch.arange(block.batch_shape.numel())) % block.num_states
+        return block.states[index.to(block.states.device)].to(generic).reshape(generic.shape)
 
     def evaluate(self, ref: Any, leaves: Mapping[str, Tensor]) -> Tensor:
         """The expression at the leaves (full shapes); its rows are cut when the program allows it."""

@@ -406,7 +406,7 @@ class _Writer:
             return Expression(
                 f"torch.stack(torch.broadcast_tensors({a.text} + {self.zeros(level)}, "
                 f"{b.text} + {self.zeros(level)}), -1)",
-                _all_of([a, b]),
+                self.without_states(_all_of([a, b])),
             )
         if self.chance(6):
             self.features.add("trap")
@@ -424,6 +424,11 @@ class _Writer:
             "{u}.flip(-1)",
         ]
         return Expression(self.pick(forms).format(u=u.text, a=a, c=c), u.sites)
+
+    def without_states(self, sites: Sites) -> Sites:
+        """A state is enumerated by broadcasting, which `torch.stack` does not do: conjugate, but not found."""
+        states = {x.name for x in self.latents if x.sort in ("state", "bit")}
+        return {name: ok and not states & set(sites) for name, ok in sites.items()}
 
     def zeros(self, level: str) -> str:
         return f"torch.zeros({SHAPES[level]})"

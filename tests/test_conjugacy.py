@@ -383,6 +383,50 @@ def test_verdicts_hold_for_the_next_minibatch() -> None:
     assert not report.unsound, report.unsound
 
 
+def test_states_that_do_not_broadcast_are_sampled_and_said_so() -> None:
+    """`torch.stack` wants equal shapes, so one operand alone cannot have a new dimension of states."""
+
+    def model() -> None:
+        m, other = z("m", 2), z("b")
+        with pyro.plate("rows", N):
+            k = pyro.sample("k", dist.Bernoulli(0.4))
+            loc = torch.stack([m[k.long()], other + X], -1)
+            pyro.sample("y", dist.MultivariateNormal(loc, MATRIX), obs=VECTORS)
+
+    verdicts = understood(model).plans["y"].verdicts
+    assert len(verdicts) == 3 and not any(v.exact for v in verdicts)
+    assert all(v.reason for v in verdicts)
+
+
+def test_two_states_that_may_differ() -> None:
+    """Where both are equal the loc sees one element of m, and two elsewhere."""
+
+    def model() -> None:
+        m = z("m", 2)
+        j, k = (pyro.sample(name, dist.Categorical(torch.tensor([0.5, 0.5]))) for name in "jk")
+        pyro.sample("y", dist.Normal(m[j] + 2 * m[k], 1.0), obs=torch.tensor(0.5))
+
+    found, report = understood(model), Report()
+    assert drawn(found) == "m =.., j .=., k ..=, y ==="
+    check_messages(model, torch.float64, found, 0, report)
+    assert not report.unsound, report.unsound
+
+
+def test_an_event_under_one_mask() -> None:
+    """`to_event(1).mask(m)` on a latent whose event is one Gaussian."""
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(0.2, 1.5).expand([3]).to_event(1).mask(torch.tensor(False)))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Normal(DESIGN @ w, 1.0), obs=Y)
+
+    found, report = understood(model), Report()
+    assert drawn(found) == "w =, y ="
+    assert bool(found.messages.masked("w"))
+    check_messages(model, torch.float64, found, 0, report)
+    assert not report.unsound, report.unsound
+
+
 def test_a_mask_of_whole_events_is_exact() -> None:
     """`to_event(1).mask(m)`: m has the batch's shape, not the event's."""
 
