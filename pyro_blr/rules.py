@@ -16,8 +16,8 @@ __all__ = ["BLR", "Passes", "RobbinsMonro"]
 class BLR:
     """λ ← (1 − ρ) λ + ρ λ̂   (Khan and Rue 2023, eq. 3); at ρ = 1 the target itself, Bayes' rule as addition.
 
-    Where the straight step would leave the domain, λ moves along the family's retraction, which cannot (for Gaussians the improved
-    rule of Lin, Schmidt and Khan 2020, eq. 8).
+    Where the straight step would leave the domain, λ moves along the family's retraction, which cannot (for
+    Gaussians the improved rule of Lin, Schmidt and Khan 2020, eq. 8).
     """
 
     def step(self, family: ExponentialFamily, natural: Tensor, target: Tensor, rate: float) -> Tensor:
@@ -45,8 +45,8 @@ class RobbinsMonro:
 class Passes:
     """ρ_t = (t + 1)^−½ during the first pass over the data, of T steps, and T^½ / (t + 1) after it.
 
-    Quick while λ is far, then the rate of an average, which is as small after any number of passes as the noise of a minibatch
-    needs: on mixtures of five passes it beat (t + 1)^−κ for κ from 0.5 to 0.9.
+    Quick while λ is far, then the rate of an average, as small after any number of passes as the noise of a
+    minibatch needs: on mixtures and topic models, over five passes, it beat (t + 1)^−κ for κ from 0.5 to 0.9.
     """
 
     steps: float

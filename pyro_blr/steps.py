@@ -1,4 +1,4 @@
-"""One step, as SVI takes it: a sweep on fresh draws or on a minibatch, at a rate that shrinks so that the noise averages out."""
+"""One step, as SVI takes it: on a minibatch or fresh draws the rate shrinks, so that the noise averages out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def take_step(ascent: Ascent, number: int) -> None:
     if draws is None:
         ascent.sweep(names, None, rate)
     else:
-        guarded_sweep(ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names)
+        guarded_sweep(
+            ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names
+        )
 
 
 def _steps_of_a_pass(program: Program) -> float:
@@ -60,7 +62,9 @@ def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> N
         if draws is None:
             ascent.sweep(local)
         else:
-            guarded_sweep(ascent, draws, 1.0, None if ascent.beliefs.points else ascent.finite_estimates(draws), local)
+            guarded_sweep(
+                ascent, draws, 1.0, None if ascent.beliefs.points else ascent.finite_estimates(draws), local
+            )
         if ascent.beliefs.points:
             continue
         bound = ascent.estimate(draws)[0]
@@ -70,8 +74,9 @@ def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> N
 
 
 def _implicit_step(ascent: Ascent, local: list[str], rate: float) -> None:
-    """λ ← (1 − ρ) λ_t + ρ λ̂(λ), the target taken where the step ends, locals at their optimum there too: the maximum of the
-    minibatch's bound − (1/ρ − 1) KL(q_λ ‖ q_λt) by fixed-point iteration (Theis and Hoffman 2015, eq. 8).
+    """λ ← (1 − ρ) λ_t + ρ λ̂(λ), the target taken where the step ends, locals at their optimum there too.
+
+    It is the maximum of the minibatch's bound − (1/ρ − 1) KL(q_λ ‖ q_λt), block by block (Theis and Hoffman 2015, eq. 8).
 
     It sees each datum as often as the plain step, and gains several times as much from it.
     """

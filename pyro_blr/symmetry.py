@@ -27,7 +27,7 @@ _AT_MEANS = Draws(0, 0)
 
 @dataclass(frozen=True)
 class _Mixture:
-    """Discrete blocks that choose between the same components (`z[n]` in one plate, or many sites of a loop)."""
+    """Discrete blocks that choose between the same components: a plate of them, or many sites of a loop."""
 
     discrete: tuple[str, ...]
     components: tuple[str, ...]
@@ -38,8 +38,8 @@ class _Mixture:
 def broken_start(ascent: Ascent) -> Ascent:
     """The same ascent from a start without exchangeable symmetry: seeded components, random factors.
 
-    How many components the data want is not known, and mean field removes superfluous ones slowly: starts with all, and with
-    fewer and fewer, of them seeded are swept a few times, and the one with the highest bound is kept.
+    How many components the data want is not known, and mean field removes superfluous ones slowly: starts with
+    all, and with fewer and fewer, of them seeded are swept a few times, and the one with the highest bound is kept.
     """
     mixtures = _mixtures(ascent)
     start, last = ascent.beliefs, list(ascent.last)
@@ -62,7 +62,7 @@ def broken_start(ascent: Ascent) -> Ascent:
 
 
 def _counts(ascent: Ascent, mixtures: list[_Mixture]) -> list[int]:
-    """How many components each candidate start seeds: K, then fewer, down to two; only K where sweeps are dear or need draws."""
+    """How many components each start seeds: K, down to two; K alone where sweeps are dear or need draws."""
     most = max((mixture.num_states for mixture in mixtures), default=1)
     counts, size = [most], float(most)
     while counts[-1] > 2:
@@ -86,14 +86,16 @@ def _bound_after(ascent: Ascent, sweeps: int) -> float:
 
 
 def _mixtures(ascent: Ascent) -> list[_Mixture]:
-    """Discrete blocks that share components, together; one alone of a single element has nothing to tell apart."""
+    """Discrete blocks that share components, together; a single element alone has nothing to tell apart."""
     found: list[_Mixture] = []
     for name, block in ascent.program.blocks.items():
         components = _components(ascent, name) if block.is_discrete else []
         if not components:
             continue
         mine = _Mixture((name,), tuple(components), block.num_states)
-        for other in [m for m in found if m.num_states == mine.num_states and set(m.components) & set(mine.components)]:
+        for other in [
+            m for m in found if m.num_states == mine.num_states and set(m.components) & set(mine.components)
+        ]:
             found.remove(other)
             shared = tuple(dict.fromkeys(other.components + mine.components))
             mine = _Mixture(other.discrete + mine.discrete, shared, mine.num_states)
@@ -103,7 +105,7 @@ def _mixtures(ascent: Ascent) -> list[_Mixture]:
 
 
 def _components(ascent: Ascent, name: str) -> list[str]:
-    """The blocks that the states of a discrete block choose between, in closed form (given draws of others, perhaps)."""
+    """The blocks that a discrete block's states choose between, in closed form (given draws of others, perhaps)."""
     messages = ascent.program.messages
     return list(dict.fromkeys(b for f in _factors(ascent, name) for b in messages.plans[f].analytic))
 
@@ -116,8 +118,11 @@ def _factors(ascent: Ascent, name: str) -> list[str]:
 
 
 def _seed(ascent: Ascent, mixture: _Mixture, count: int) -> None:
-    """k-means++ in the model's own terms: each of `count` components starts at one datum, drawn in proportion to how badly the
-    components so far explain it (compare Arthur and Vassilvitskii 2007); each datum then takes the components as they explain it."""
+    """k-means++ in the model's own terms (compare Arthur and Vassilvitskii 2007).
+
+    Each of `count` components starts at one datum, drawn in proportion to how badly the components so far explain
+    it; each datum then takes the components as they explain it.
+    """
     beliefs = ascent.beliefs
     shapes = [beliefs.moments[name]["probs"].shape for name in mixture.discrete]
     like = beliefs.moments[mixture.discrete[0]]["probs"]
@@ -140,7 +145,9 @@ def _seed(ascent: Ascent, mixture: _Mixture, count: int) -> None:
         badness[chosen.sum(-1) > 0] = 0.0
     scores = table.double()
     scores[:, count:] = -torch.inf
-    if not ascent.program.is_exact:  # what is not seeded (a common scale, say) is still too wide to tell the components apart
+    if (
+        not ascent.program.is_exact
+    ):  # what is not seeded (a common scale, say) is still too wide to tell the components apart
         scores = torch.nn.functional.one_hot(scores.argmax(-1), mixture.num_states) * -math.log(_DOUBT)
     for name, shape, rows in zip(mixture.discrete, shapes, scores.softmax(-1).split(sizes), strict=True):
         _set_probabilities(ascent, name, rows.reshape(shape))
@@ -150,12 +157,16 @@ def _draw(weights: Tensor) -> int:
     """An index in proportion to its weight; any, where all are zero."""
     weights = weights if bool(weights.sum() > 0) else torch.ones_like(weights)
     if len(weights) >= 2**24:  # more than torch.multinomial takes
-        return int(torch.searchsorted(weights.cumsum(0), weights.sum() * torch.rand((), dtype=weights.dtype)).clamp_max(len(weights) - 1))
+        return int(
+            torch.searchsorted(
+                weights.cumsum(0), weights.sum() * torch.rand((), dtype=weights.dtype)
+            ).clamp_max(len(weights) - 1)
+        )
     return int(torch.multinomial(weights, 1))
 
 
 def _table(ascent: Ascent, name: str) -> Tensor:
-    """(elements, K): how well each state explains each element, blocks that need draws standing at their means."""
+    """(elements, K): how well each state explains each element; blocks that need draws stand at their means."""
     messages, beliefs, factors = ascent.program.messages, ascent.beliefs, _factors(ascent, name)
     drawn = {b for f in factors for b in messages.plans[f].sampled}
     if drawn:
@@ -175,7 +186,9 @@ def _scatter(ascent: Ascent) -> None:
     for name, block in ascent.program.blocks.items():
         if block.is_discrete and block.batch_shape.numel() > 1 and not _components(ascent, name):
             if any(plans[f].sampled for f in _factors(ascent, name)):
-                scores = torch.randn((*block.batch_shape, block.num_states), dtype=torch.float64).to(block.device)
+                scores = torch.randn((*block.batch_shape, block.num_states), dtype=torch.float64).to(
+                    block.device
+                )
                 _set_probabilities(ascent, name, scores.softmax(-1))
 
 
@@ -194,7 +207,9 @@ def _set_probabilities(ascent: Ascent, name: str, probs: Tensor) -> None:
 def _saddle_blocks(ascent: Ascent) -> list[str]:
     """Gaussian blocks that multiply each other: with all means at zero no message moves them."""
     plans = ascent.program.plans.values()
-    multiplied = {name for plan in plans for argument in plan.arguments for pair in argument.products for name in pair}
+    multiplied = {
+        name for plan in plans for argument in plan.arguments for pair in argument.products for name in pair
+    }
     for plan in plans:
         gaussian = [name for name in plan.sampled if is_gaussian(ascent.program.blocks[name].family)]
         if len(gaussian) > 1 and plan.factor.is_observed:
@@ -206,7 +221,9 @@ def _randomise_mean(ascent: Ascent, name: str) -> None:
     """Moves a Gaussian's mean by a standard deviation of its own (one at most) times noise."""
     beliefs, block = ascent.beliefs, ascent.program.blocks[name]
     moments = block.family.moments(beliefs.naturals[name])
-    variance = moments["variance"] if "variance" in moments else moments["covariance"].diagonal(dim1=-2, dim2=-1)
+    variance = (
+        moments["variance"] if "variance" in moments else moments["covariance"].diagonal(dim1=-2, dim2=-1)
+    )
     mean = moments["mean"]
     noise = torch.randn(mean.shape, dtype=mean.dtype).to(mean.device)
     shifted = mean + variance.clamp(max=1.0).sqrt() * noise

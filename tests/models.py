@@ -46,7 +46,9 @@ def gaussian_mixture(y: Tensor, num_components: int = 5) -> None:
     dimension = y.shape[-1]
     pi = pyro.sample("pi", dist.Dirichlet(torch.full((num_components,), 0.01)))
     with pyro.plate("components", num_components):
-        m = pyro.sample("m", dist.MultivariateNormal(torch.zeros(dimension), precision_matrix=0.01 * torch.eye(dimension)))
+        m = pyro.sample(
+            "m", dist.MultivariateNormal(torch.zeros(dimension), precision_matrix=0.01 * torch.eye(dimension))
+        )
         L = pyro.sample("L", dist.Wishart(torch.tensor(2.0), precision_matrix=2.0 * torch.eye(dimension)))
     with pyro.plate("data", len(y)):
         z = pyro.sample("z", dist.Categorical(pi))

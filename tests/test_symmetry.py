@@ -85,7 +85,7 @@ def test_sites_of_a_loop_are_seeded_together() -> None:
 
 
 def test_a_factor_model_leaves_its_saddle() -> None:
-    """loadings × factors with both at zero mean is stationary; the bound without factors is below the one with."""
+    """Loadings × factors with both at zero mean is stationary, and no optimum."""
     loadings = torch.tensor([[2.0], [-1.5], [1.0]])
     y = torch.randn(60, 1) @ loadings.T + 0.3 * torch.randn(60, 3)
 
