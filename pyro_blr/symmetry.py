@@ -38,8 +38,9 @@ class _Mixture:
 def broken_start(ascent: Ascent) -> Ascent:
     """The same ascent from a start without exchangeable symmetry: seeded components, random factors.
 
-    How many components the data want is not known, and mean field removes superfluous ones slowly: starts with
-    all, and with fewer and fewer, of them seeded are swept a few times, and the one with the highest bound is kept.
+    How many components the data want is not known, and mean field removes superfluous ones slowly: starts
+    with all, and with fewer and fewer, of them seeded are swept a few times; the one with the highest bound is
+    kept.
     """
     mixtures = _mixtures(ascent)
     start, last = ascent.beliefs, list(ascent.last)
@@ -105,7 +106,7 @@ def _mixtures(ascent: Ascent) -> list[_Mixture]:
 
 
 def _components(ascent: Ascent, name: str) -> list[str]:
-    """The blocks that a discrete block's states choose between, in closed form (given draws of others, perhaps)."""
+    """The blocks that a discrete block's states choose between, in closed form (given draws of others)."""
     messages = ascent.program.messages
     return list(dict.fromkeys(b for f in _factors(ascent, name) for b in messages.plans[f].analytic))
 
@@ -120,8 +121,8 @@ def _factors(ascent: Ascent, name: str) -> list[str]:
 def _seed(ascent: Ascent, mixture: _Mixture, count: int) -> None:
     """k-means++ in the model's own terms (compare Arthur and Vassilvitskii 2007).
 
-    Each of `count` components starts at one datum, drawn in proportion to how badly the components so far explain
-    it; each datum then takes the components as they explain it.
+    Each of `count` components starts at one datum, drawn in proportion to how badly the components so far
+    explain it; each datum then takes the components as they explain it.
     """
     beliefs = ascent.beliefs
     shapes = [beliefs.moments[name]["probs"].shape for name in mixture.discrete]
@@ -166,7 +167,7 @@ def _draw(weights: Tensor) -> int:
 
 
 def _table(ascent: Ascent, name: str) -> Tensor:
-    """(elements, K): how well each state explains each element; blocks that need draws stand at their means."""
+    """(elements, K): how well each state explains each element; blocks that need draws are at their means."""
     messages, beliefs, factors = ascent.program.messages, ascent.beliefs, _factors(ascent, name)
     drawn = {b for f in factors for b in messages.plans[f].sampled}
     if drawn:

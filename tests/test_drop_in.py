@@ -185,7 +185,7 @@ def test_lda_with_subsampled_documents() -> None:
             doc_topics = pyro.sample("doc_topics", dist.Dirichlet(torch.ones(2)))
             with pyro.plate("words", 64):
                 word_topics = pyro.sample("word_topics", dist.Categorical(doc_topics))
-                # Under Predictive a sample has a dim for every plate: `topic_words[word_topics]` fails, with any guide.
+                # Predictive gives samples a dim for every plate: `topic_words[word_topics]` fails there.
                 probs = Vindex(topic_words)[..., word_topics, :]
                 pyro.sample("doc_words", dist.Categorical(probs), obs=words[:, index])
 
@@ -245,7 +245,7 @@ def test_eight_schools() -> None:
 
 
 def test_a_parameter_of_the_model_is_learned() -> None:
-    """theta_j ~ N(m, v), y_j ~ N(theta_j, 1): the evidence is N(m, v + 1), m the mean and v the variance less one."""
+    """theta_j ~ N(m, v), y_j ~ N(theta_j, 1): the evidence is N(m, v + 1), so v is the variance less one."""
     y = 3.0 + 2.0 * torch.randn(50)
 
     def model(y: Tensor) -> None:

@@ -229,7 +229,7 @@ def evidence() -> float:
 
 
 def mean_field_bound() -> float:
-    """log p(y) − KL(q ‖ p(w | y)), q the best product of Gaussians: the same mean, the diagonal precisions."""
+    """log p(y) − KL(q ‖ p(w | y)), q the best product of Gaussians: the same mean, diagonal precisions."""
     return evidence() - 0.5 * float(PRECISION.diagonal().log().sum() - torch.logdet(PRECISION))
 
 
