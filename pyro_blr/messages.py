@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,12 +125,13 @@ class Messages:
 
     def state_table(self, block: str, moments: Moments, factors: Iterable[str]) -> Tensor:
         """Σ_f s_f E_q[log f | state], (*batch, K): the gradient in the probabilities of a discrete block."""
-        total = torch.zeros_like(moments[block]["probs"])
+        factors = list(factors)
         replayed = [name for name in factors if self.plans[name].replayed]
-        for name in factors:
-            if name not in replayed:
-                total = total + self.averages[name].state_scores(block, moments)
-        return total + self.replays.state_scores(replayed, block, moments) if replayed else total
+        tables = [self.averages[name].state_scores(block, moments) for name in factors if name not in replayed]
+        if replayed:
+            tables.append(self.replays.state_scores(replayed, block, moments))
+        probs = moments[block]["probs"]
+        return functools.reduce(torch.add, [table.to(probs.dtype) for table in tables]) if tables else torch.zeros_like(probs)
 
     def average_over(self, factors: Sequence[str], moments: Moments, leaves: Mapping[str, Tensor]) -> Tensor:
         """Σ_f s_f E_q[log f] given each of the stacked draws `leaves`; shape (S,)."""
