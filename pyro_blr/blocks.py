@@ -203,6 +203,8 @@ def _is_real(support: Any) -> bool:
 
 def build_blocks(graph: FactorGraph, blocks: str | Sequence[Sequence[str]] = "sites") -> dict[str, Block]:
     """How q factorises: `"sites"`, `"elements"`, or a list of groups of site names (sites in no group stand alone)."""
+    if not isinstance(blocks, str) and any(isinstance(group, str) for group in blocks):
+        raise ValueError(f"blocks={blocks!r}: found site names, expected groups of them; one group of all is [{list(blocks)!r}]")
     groups = [tuple(group) for group in blocks] if not isinstance(blocks, str) else []
     if isinstance(blocks, str) and blocks not in ("sites", "elements"):
         raise ValueError(f'blocks={blocks!r}: expected "sites", "elements" or a list of groups of site names')
@@ -268,7 +270,7 @@ def _discrete_family(site: Site, base: Any) -> tuple[ExponentialFamily, Tensor]:
     if not base.has_enumerate_support:
         raise ValueError(
             f"site {site.name!r}: {type(base).__name__} is discrete with infinite support; found no exact sum over its states. "
-            "Marginalise it in the model, or give it a finite support"
+            "Marginalise it in the model, give it a finite support, or pass its data if it is observed"
         )
     states = base.enumerate_support(expand=False)
     states = states.reshape(states.shape[0], *base.event_shape)

@@ -10,9 +10,16 @@ from torch import Tensor
 
 from pyro_blr.blocks import Block
 from pyro_blr.expressions import Ref
-from pyro_blr.graph import Factor, FactorGraph
+from pyro_blr.graph import Factor, FactorGraph, generic_value
 
-__all__ = ["ImproperPosteriorError", "check_graph", "check_natural"]
+__all__ = [
+    "ImproperPosteriorError",
+    "check_graph",
+    "check_loss_of_data",
+    "check_natural",
+    "check_same_block",
+    "check_same_sites",
+]
 
 
 class ImproperPosteriorError(ValueError):
@@ -35,13 +42,14 @@ def check_graph(graph: FactorGraph) -> None:
             )
     for factor in graph.factors.values():
         if factor.is_observed and not isinstance(factor.value, Ref):
-            _check_data(factor)
+            _check_data(graph, factor)
 
 
-def _check_data(factor: Factor) -> None:
+def _check_data(graph: FactorGraph, factor: Factor) -> None:
     value, base = factor.value, factor.distribution
     if not isinstance(value, Tensor):
         return
+    _check_shape(factor, value)
     mask = _mask_of(factor)
     if value.is_floating_point():
         bad = ~torch.isfinite(value)
@@ -54,7 +62,7 @@ def _check_data(factor: Factor) -> None:
                 "expected finite data. Remove them, or mask them with obs_mask or poutine.mask"
             )
     inside = _inside_support(factor, value)
-    if inside is None:
+    if inside is None or _support_moves(graph, factor):
         return
     if mask is not None:
         inside = inside | ~torch.as_tensor(mask, dtype=torch.bool, device=inside.device)
@@ -65,6 +73,34 @@ def _check_data(factor: Factor) -> None:
             f"observed site {factor.name!r}: found {int((~inside).sum())} values outside the support {base.support} of its "
             f"{type(base).__name__} (first at index {where}); expected data that the distribution can produce"
         )
+
+
+def _check_shape(factor: Factor, value: Tensor) -> None:
+    expected = torch.Size(factor.distribution.batch_shape) + torch.Size(factor.distribution.event_shape)
+    event = torch.Size(factor.distribution.event_shape)
+    try:
+        fits = torch.broadcast_shapes(value.shape, expected) == expected and value.shape[value.dim() - len(event) :] == event
+    except RuntimeError:
+        fits = False
+    if not fits and value.dim() > 0:
+        raise ValueError(
+            f"observed site {factor.name!r}: found data of shape {tuple(value.shape)}, expected {tuple(expected)}, the shape of its "
+            f"{type(factor.distribution).__name__}. Check the plates around it (pyro.plate), and .to_event for dims that are no plate's"
+        )
+
+
+def _support_moves(graph: FactorGraph, factor: Factor) -> bool:
+    """Whether the support's bounds depend on latents: then no single draw of them says what data can be."""
+    made = factor.constructed
+    if made is None or not any(isinstance(argument, Ref) for argument in made.arguments.values()):
+        return made is None and factor.distribution.support is not type(factor.distribution).support
+    values = {site.name: generic_value(site.name, site.distribution, 1) for site in graph.sites.values()}
+    bounds = [_bounds(made.rebuild(graph.tape, latents).support) for latents in (graph.values, values)]
+    return any(not torch.equal(*map(torch.as_tensor, pair)) for pair in zip(*bounds, strict=True))
+
+
+def _bounds(support: Any) -> list[Any]:
+    return [bound for bound in vars(support).values() if isinstance(bound, (Tensor, int, float))]
 
 
 def _inside_support(factor: Factor, value: Tensor) -> Tensor | None:
@@ -105,3 +141,37 @@ def check_natural(block: Block, natural: Tensor, culprits: Mapping[str, Any] | N
         f"site {sites}: its factors add up to {found} of the family {type(block.family).__name__} at {int((~inside).sum())} of "
         f"{max(inside.numel(), 1)} elements{where}{blame}. Expected a proper posterior: give the site a proper prior, or data that determine it"
     )
+
+
+def check_loss_of_data(observed: set[str], graph: FactorGraph) -> None:
+    """Raises where a site that had data is a latent one now."""
+    lost = sorted(observed & set(graph.sites))
+    if lost:
+        raise ValueError(
+            f"observed site {lost[0]!r}: found no data (obs=None) in this step, expected data as in the steps before. "
+            "Pass its data; to predict it, use Predictive(model, guide=engine.guide)"
+        )
+
+
+def check_same_sites(known: Mapping[str, Block], blocks: Mapping[str, Block], what: str) -> None:
+    """Raises where λ belongs to other sites."""
+    if known and set(known) != set(blocks):
+        raise ValueError(f"{what}: found {sorted(blocks)}, expected {sorted(known)}. Make a new BLRInference for another model")
+
+
+def check_same_block(known: Block, block: Block) -> None:
+    """Raises where a site's λ is of another family, shape or number of plate elements."""
+    sites = " and ".join(repr(name) for name in block.site_names)
+    before = {plate.name: plate.size for plate in known.plates}
+    for plate in block.plates:
+        if before.get(plate.name, plate.size) != plate.size:
+            raise ValueError(
+                f"site {sites}: found plate {plate.name!r} of size {plate.size} in this step, expected {before[plate.name]} as in the steps "
+                f"before: q has a factor for each of its elements. Say the full size, pyro.plate({plate.name!r}, {before[plate.name]}, "
+                "subsample=indices), or make a new BLRInference for other data"
+            )
+    if (known.family, known.full_shape) != (block.family, block.full_shape):
+        found, expected = (f"{b.family} of batch shape {tuple(b.full_shape)}" for b in (block, known))
+        raise ValueError(
+            f"site {sites} changed between steps: found {found}, expected {expected}. Make a new BLRInference for another model"
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from pyro_blr.ascent import Ascent
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.explain import Explanation
+from pyro_blr.graph import isolated_random_state
 from pyro_blr.program import Program
 
-__all__ = ["GuideFit", "OrdinaryGradients", "ParameterUpdate", "check_loss"]
+__all__ = ["GuideFit", "OrdinaryGradients", "ParameterUpdate", "check_loss", "check_optim"]
 
 _LOSSES = (
     Trace_ELBO,
@@ -49,6 +51,24 @@ def check_loss(loss: Any) -> None:
     raise TypeError(f"loss: found {type(loss).__name__}, expected {expected}: {reason}")
 
 
+def _holders(single: Any) -> list[Any]:
+    """A torch optimiser, or a schedule with the optimiser below it."""
+    return [single, single.optimizer] if hasattr(single, "optimizer") else [single]
+
+
+def _parts(single: Any) -> list[dict]:
+    return [part.state_dict() for part in _holders(single)]
+
+
+def check_optim(optim: Any) -> None:
+    """Raises for an optimiser that is none of Pyro's."""
+    if optim is not None and not isinstance(optim, pyro.optim.PyroOptim):
+        raise TypeError(
+            f"optim: found {type(optim).__name__}, expected one of pyro.optim's (such as pyro.optim.Adam({{'lr': 0.01}})), or None. "
+            "Wrap a torch optimiser in pyro.optim.PyroOptim"
+        )
+
+
 class ParameterUpdate:
     """One step of `optim` on the model's parameters: the gradient of the ELBO at the present q."""
 
@@ -63,6 +83,26 @@ class ParameterUpdate:
             if unconstrained.requires_grad:
                 result[name] = unconstrained
         return result
+
+    def saved(self, program: Program) -> Callable[[], None]:
+        """What puts the parameters back as they are now, with all that their optimiser remembers."""
+        values = [(parameter, parameter.detach().clone()) for parameter in self.found(program).values()]
+        optim = self.optim
+        singles = dict(optim.optim_objs) if optim is not None else {}
+        states = {parameter: deepcopy(_parts(single)) for parameter, single in singles.items()}
+
+        def restore() -> None:
+            self.optim = optim
+            with torch.no_grad():
+                for parameter, value in values:
+                    parameter.copy_(value)
+            if optim is not None:
+                optim.optim_objs = singles
+            for parameter, single in singles.items():
+                for part, state in zip(_holders(single), states[parameter], strict=True):
+                    part.load_state_dict(state)
+
+        return restore
 
     def step(self, program: Program, ascent: Ascent) -> None:
         """Moves the parameters; a run without any does nothing."""
@@ -106,6 +146,25 @@ class GuideFit:
         return {name: x.reshape(*sample_shape, *x.shape[1:]) for name, x in draws.items() if not name.startswith("_")}
 
 
+def check_guide(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Raises for a guide that samples what the model does not; leaves generators and parameters as they were."""
+    with isolated_random_state(0), pyro.poutine.block(), torch.no_grad():
+        of_guide = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
+        of_model = pyro.poutine.trace(pyro.poutine.replay(model, trace=of_guide)).get_trace(*args, **kwargs)
+    ours = {n for n in of_model.nodes if of_model.nodes[n]["type"] == "sample"}
+    found = {
+        name
+        for name, node in of_guide.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and not node["infer"].get("is_auxiliary") and not name.startswith("_")
+    }
+    unknown = sorted(found - ours)
+    if unknown:
+        raise ValueError(
+            f"the guide is for another model: found its sample sites {unknown}, expected some of the model's {sorted(of_model.stochastic_nodes)}. "
+            "Give each the name of the model's site, or mark it infer={'is_auxiliary': True}"
+        )
+
+
 class OrdinaryGradients:
     """SVI behind the engine's face, for guides that are not read as exponential families."""
 
@@ -119,6 +178,8 @@ class OrdinaryGradients:
         self._fit: GuideFit | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> float:
+        if not self.history:
+            check_guide(self.model, self.guide, args, kwargs)
         loss = float(self.svi.step(*args, **kwargs))
         self.history.append(-loss)
         return loss

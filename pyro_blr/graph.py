@@ -23,7 +23,7 @@ from pyro.distributions.distribution import COERCIONS
 from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDistributionMixin
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
@@ -137,7 +137,7 @@ class Factor:
 
     @property
     def batch_shape(self) -> torch.Size:
-        return self.distribution.batch_shape
+        return torch.Size(self.distribution.batch_shape)  # ImproperUniform has tuples
 
 
 @dataclass
@@ -225,8 +225,25 @@ def run_model(
     subsamples: Mapping[str, Tensor] | None = None,
 ) -> poutine.Trace:
     """One plain run of the model with chosen latents; draws (subsample indices, new parameters) come from torch's generator."""
-    with _Substitute(choose, subsamples):
+    with _Substitute(choose, subsamples), _named_empty_plates():
         return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _named_empty_plates() -> Iterator[None]:
+    """Pyro divides by the size of an empty plate: the error says which one it is."""
+    try:
+        yield
+    except ZeroDivisionError as error:
+        frame, local = error.__traceback__, {}
+        while frame is not None:
+            frame, local = frame.tb_next, frame.tb_frame.f_locals
+        if not isinstance(local.get("self"), SubsampleMessenger):
+            raise
+        name = local.get("name") or local["self"].name
+        raise ValueError(
+            f"plate {name!r} is empty: found no elements, expected at least one. Check the data that its size or its subsample is taken from"
+        ) from error
 
 
 def latent_nodes(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
@@ -264,7 +281,7 @@ def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1
         with isolated_random_state(zlib.crc32(f"{name}:{draw}".encode())):
             return distribution.sample()
     reference = _reference_tensor(distribution)
-    shape = distribution.batch_shape + distribution.event_shape
+    shape = torch.Size(distribution.batch_shape) + torch.Size(distribution.event_shape)
     if _innermost_support(support) is constraints.positive_definite:
         root = torch.randn(tuple(shape), generator=generator, device="cpu", dtype=torch.float64) * radius
         matrix = root @ root.mT / shape[-1] + 0.5 * torch.eye(shape[-1], dtype=torch.float64, device=root.device)
@@ -558,7 +575,7 @@ _ALTERNATIVES = ({"probs", "logits"}, {"scale_tril", "covariance_matrix", "preci
 
 def _attributes(base: Any) -> dict[str, Any] | None:
     """The constructor's arguments of a distribution that was made before the run (a module-level prior, a PyroSample)."""
-    derived = isinstance(base, torch.distributions.TransformedDistribution)
+    derived = isinstance(base, torch.distributions.TransformedDistribution) or "_categorical" in vars(base)
     found: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(base).__init__).parameters.items():
         if name in ("self", "validate_args") or any(name in group and group & set(found) for group in _ALTERNATIVES):
@@ -732,5 +749,6 @@ def _agree(a: Tensor, b: Tensor) -> bool:
             a, b = torch.broadcast_tensors(a, b)
         except RuntimeError:
             return False
-    tolerance = 1e-9 if a.dtype == torch.float64 else 2e-4
+    tolerance = 1e-9 if a.dtype == b.dtype == torch.float64 else 2e-4
+    a, b = a.double(), b.double()  # a scalar is promoted otherwise before a plate expands it than after
     return bool(torch.isclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import pyro
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
+from pyro_blr.checks import check_loss_of_data, check_same_block, check_same_sites
 from pyro_blr.explain import Explanation
-from pyro_blr.gradients import OrdinaryGradients, ParameterUpdate, check_loss
+from pyro_blr.gradients import OrdinaryGradients, ParameterUpdate, check_loss, check_optim
 from pyro_blr.guides import AutoExponentialFamily
 from pyro_blr.posterior import Posterior
 from pyro_blr.program import Program, Programs
@@ -58,10 +60,12 @@ class BLRInference:
         if compile:
             raise NotImplementedError("compile=True is not available yet; leave it out: steps run uncompiled")
         check_loss(loss)
+        check_optim(optim)
         self.model, self.optim, self.loss = model, optim, loss
         self.strict, self._init, self._init_loc_fn = strict, init, init_loc_fn
         self._ordinary: OrdinaryGradients | None = None
         if guide is not None and not isinstance(guide, AutoExponentialFamily):
+            _refuse_without_blocks(blocks, init, init_loc_fn)
             self._ordinary = OrdinaryGradients(model, guide, optim, loss)
             self.guide: Any = guide
             return
@@ -72,6 +76,7 @@ class BLRInference:
         self._points: dict[str, dict[str, Tensor]] = {}
         self._last: list[str] = []
         self._seen: Program | None = None
+        self._observed: set[str] = set()
         self._bound: tuple[Program, float] | None = None
         self._ready = False
         self._num_steps = 0
@@ -91,17 +96,18 @@ class BLRInference:
             loss = -ascent.bound_before()
             take_step(ascent, self._num_steps)
             self._commit(ascent)
-            self._parameters.step(program, ascent)
             self._num_steps += 1
             self._history.append(ascent.bound_before())
             self._bound = program, self._history[-1]
+            self._parameters.step(program, ascent)  # last: nothing after it can fail
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Minus the ELBO; changes nothing."""
         if self._ordinary is not None:
             return self._ordinary.evaluate_loss(*args, **kwargs)
-        return -self._ascent(self._program(args, kwargs)).bound_before()
+        with _nothing_kept(self):
+            return -self._ascent(self._program(args, kwargs)).bound_before()
 
     def run(
         self,
@@ -123,8 +129,9 @@ class BLRInference:
         _check_run_arguments(self.model, max_steps, tol, num_restarts)
         if self._ordinary is not None:
             return self._ordinary.run(args, kwargs, max_steps=max_steps, tol=tol, progress=progress)
-        with _all_or_nothing(self):
+        with _all_or_nothing(self) as state:
             program = self._program(args, kwargs)
+            state.also(self._parameters.saved(program))
             best: Run | None = None
             for restart in range(num_restarts):
                 if restart > 0 or num_restarts > 1:
@@ -152,15 +159,15 @@ class BLRInference:
         """Which (factor, site) pairs are exact, how, and why the others are not; leaves torch's generator untouched."""
         if self._ordinary is not None:
             return self._ordinary.explain(*args, **kwargs)
-        with _generator_untouched():
+        with _nothing_kept(self):
             program = self._program(args, kwargs)
-        return Explanation(
-            [verdict for plan in program.plans.values() for verdict in plan.verdicts],
-            program.blocks,
-            self._ascent(program).bound_kind,
-            sorted(program.graph.params),
-            notes=program.notes(),
-        )
+            return Explanation(
+                [verdict for plan in program.plans.values() for verdict in plan.verdicts],
+                program.blocks,
+                self._ascent(program).bound_kind,
+                sorted(program.graph.params),
+                notes=program.notes(),
+            )
 
     @property
     def posterior(self) -> Posterior:
@@ -177,6 +184,7 @@ class BLRInference:
 
     def _program(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         program = self._programs.run(args, kwargs)
+        check_loss_of_data(self._observed, program.graph)
         if self.strict:
             program.refuse_unproved()
         self._call = (args, dict(kwargs))
@@ -185,10 +193,13 @@ class BLRInference:
         elif program is not self._seen:
             self._adapt(program)
         self._seen = program
+        self._observed = {name for name, factor in program.graph.factors.items() if factor.is_observed}
         return program
 
     def _start(self, program: Program, restart: int) -> None:
         """λ at the prior, with `init`, and with exchangeable symmetries broken."""
+        if not self._ready:
+            check_same_sites(self.guide.blocks, program.blocks, "the guide was made for other latent sites")
         self.guide.naturals, self.guide.blocks, self._bound = {}, {}, None
         self.guide.setup(program.graph)
         naturals = {name: natural.double() for name, natural in self.guide.naturals.items()}
@@ -207,20 +218,10 @@ class BLRInference:
         self._ready, self._num_steps, self._history = True, 0, []
 
     def _adapt(self, program: Program) -> None:
-        """Another minibatch, or other data: blocks of the same shape keep their λ, local ones of another size start anew."""
-        if set(self.guide.blocks) != set(program.blocks):
-            found, expected = sorted(program.blocks), sorted(self.guide.blocks)
-            raise ValueError(
-                f"the model's latent sites changed between steps: found {found}, expected {expected}. "
-                "Make a new BLRInference for another model"
-            )
+        """Another minibatch, or other data: blocks keep their λ, for every element of the full plates."""
+        check_same_sites(self.guide.blocks, program.blocks, "the model's latent sites changed between steps")
         for name, block in program.blocks.items():
-            old = self.guide.blocks[name]
-            if old.full_shape != block.full_shape and not block.plates:
-                raise ValueError(
-                    f"site {name!r} changed its shape between steps: found {tuple(block.full_shape)}, expected "
-                    f"{tuple(old.full_shape)}. Make a new BLRInference for other shapes"
-                )
+            check_same_block(self.guide.blocks[name], block)
         before = self.guide.naturals
         self.guide.setup(program.graph)
         self.guide.naturals = {
@@ -253,40 +254,61 @@ class BLRInference:
 
 
 class _all_or_nothing:
-    """A step that fails leaves λ, steps, parameters and torch's generator as they were."""
+    """A step that fails leaves λ, steps, parameters and the random generators as they were."""
+
+    _attributes = ("_points", "_last", "_seen", "_observed", "_ready", "_num_steps", "_history", "_outcome", "_call", "_bound")
 
     def __init__(self, engine: BLRInference):
         self.engine = engine
+        self.others: list[Callable[[], None]] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _all_or_nothing:
         engine = self.engine
         self.guide = dict(engine.guide.naturals), dict(engine.guide.blocks)
-        self.saved = {key: getattr(engine, key) for key in ("_points", "_ready", "_num_steps", "_outcome", "_call", "_bound")}
-        self.history = len(engine._history)
-        self.rng = torch.get_rng_state()
+        self.saved = {key: getattr(engine, key) for key in self._attributes}
+        self.length = len(engine._history)
+        self.generators = pyro.util.get_rng_state()
+        return self
+
+    def also(self, restore: Callable[[], None]) -> None:
+        """Something else to put back: parameters, and what their optimiser remembers."""
+        self.others.append(restore)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            return
+        if kind is not None:
+            self.restore()
+
+    def restore(self) -> None:
         engine = self.engine
         engine.guide.naturals, engine.guide.blocks = self.guide
         for key, value in self.saved.items():
             setattr(engine, key, value)
-        del engine._history[self.history :]
-        torch.set_rng_state(self.rng)
+        del engine._history[self.length :]
+        pyro.util.set_rng_state(self.generators)
+        for restore in self.others:
+            restore()
 
 
-class _generator_untouched:
-    def __enter__(self) -> None:
-        self.state = pyro.util.get_rng_state()
+class _nothing_kept(_all_or_nothing):
+    """A look at the model that changes nothing, whether it fails or not; the first one keeps its start."""
 
-    def __exit__(self, *_: Any) -> None:
-        pyro.util.set_rng_state(self.state)
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None or self.saved["_ready"]:
+            self.restore()
+        else:
+            pyro.util.set_rng_state(self.generators)
+
+
+def _refuse_without_blocks(blocks: Any, init: Any, init_loc_fn: Any) -> None:
+    given = [name for name, value in (("blocks", blocks), ("init", init), ("init_loc_fn", init_loc_fn)) if value not in (None, "auto")]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)}: found beside a guide of your own, expected without one: the guide says how q factorises and where it "
+            "starts. Leave the guide out, or start it where you want"
+        )
 
 
 def _check_run_arguments(model: Callable, max_steps: int, tol: float, num_restarts: int) -> None:
-    from inspect import signature
-
     try:
         taken = {"max_steps", "tol", "num_restarts", "progress"} & set(signature(model).parameters)
     except (TypeError, ValueError):

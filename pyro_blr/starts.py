@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_blr.blocks import Block, is_gaussian
 from pyro_blr.families import (
@@ -118,8 +119,12 @@ def _checked(site: Site, start: Any) -> Any:
     except RuntimeError:
         found, expected = tuple(value.shape), tuple(site.shape)
         raise ValueError(f"init of site {site.name!r}: found shape {found}, expected {expected}") from None
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        raise ValueError(f"init of site {site.name!r}: found NaN or infinite values, expected finite ones")
     if not bool(torch.as_tensor(site.support.check(value)).all()):
         raise ValueError(f"init of site {site.name!r}: found a value outside its support {site.support}")
+    if not site.support.is_discrete and not bool(biject_to(site.support).inv(value).isfinite().all()):
+        raise ValueError(f"init of site {site.name!r}: found a value on the boundary of its support {site.support}, expected one inside")
     return value.clone()
 
 
