@@ -426,7 +426,7 @@ class _Writer:
         return Expression(self.pick(forms).format(u=u.text, a=a, c=c), u.sites)
 
     def without_states(self, sites: Sites) -> Sites:
-        """A state is enumerated by broadcasting, which `torch.stack` does not do: conjugate, but not found."""
+        """A state is enumerated by broadcasting; `torch.stack` does not: conjugate, but not found."""
         states = {x.name for x in self.latents if x.sort in ("state", "bit")}
         return {name: ok and not states & set(sites) for name, ok in sites.items()}
 

@@ -42,16 +42,16 @@ def _settings(count: int) -> Callable:
     )
 
 
-@_settings(100)
+@_settings(60)
 @given(programs())
 def test_small_random_programs_are_sound(program: Written) -> None:
     _sound(program)
 
 
-@pytest.mark.parametrize("first", range(0, 200, 50))
+@pytest.mark.parametrize("first", range(0, 140, 35))
 def test_random_programs_are_sound(first: int) -> None:
     """Programs of plain seeds: larger ones than Hypothesis likes to draw."""
-    for seed in range(first, first + 50):
+    for seed in range(first, first + 35):
         _sound(written(seed))
 
 
