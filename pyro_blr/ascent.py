@@ -105,6 +105,12 @@ class Ascent:
             )
         self.beliefs.update(name, self.rule.step(block.family, self.beliefs.naturals[name], target, rate))
 
+    def refuse_improper(self, draws: Draws) -> None:
+        """Raises where a climb that did not settle was after no member of the family: the posterior is improper there."""
+        for name in self.order:
+            if not self.program.messages.is_exact(name):
+                check_natural(self.program.blocks[name], self.target(name, draws))
+
     # -- the bound ------------------------------------------------------------------------------------------------------
 
     def take_bound(self, bound: float) -> None:
