@@ -105,11 +105,21 @@ class Ascent:
             )
         self.beliefs.update(name, self.rule.step(block.family, self.beliefs.naturals[name], target, rate))
 
-    def refuse_improper(self, draws: Draws) -> None:
-        """Raises where a climb that did not settle was after no member of the family: the posterior is improper there."""
+    def refuse_improper(self, seed: int, size: int) -> None:
+        """Raises where a climb ended while its target is far outside the family, whatever the draws: the posterior is improper there.
+
+        At an optimum λ is its own target; half way to a target that noise has thrown out of the domain is inside.
+        """
         for name in self.order:
-            if not self.program.messages.is_exact(name):
-                check_natural(self.program.blocks[name], self.target(name, draws))
+            block, natural = self.program.blocks[name], self.beliefs.naturals[name]
+            if self.program.messages.is_exact(name):
+                continue
+            for attempt in (0, 1):
+                half = 0.5 * (natural + self.target(name, Draws(seed + attempt, size)))
+                if bool(block.family.contains(half).all()):
+                    break
+            else:
+                check_natural(block, half)
 
     # -- the bound ------------------------------------------------------------------------------------------------------
 

@@ -128,6 +128,8 @@ class Run:
             else:
                 self.ascent.refuse_improper(Draws(seed, size))
                 self.stop_reason = f"the steps on {size} fixed draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
+        if self.num_steps < self.max_steps:
+            self.ascent.refuse_improper(seed, levels[-1])
         self.ascent.measure(Draws(fresh_seed(), levels[-1]))
 
     def _affordable(self) -> tuple[int, ...]:
