@@ -126,7 +126,6 @@ class Run:
             if climbed.converged:
                 self._stop(f"the remaining distance on {size} fixed draws is below tol={tol:g} nats; fewer draws differ by {climbed.first:.2g}")
             else:
-                self.ascent.refuse_improper(Draws(seed, size))
                 self.stop_reason = f"the steps on {size} fixed draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
         if self.num_steps < self.max_steps:
             self.ascent.refuse_improper(seed, levels[-1])
