@@ -76,8 +76,8 @@ def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> N
 def _implicit_step(ascent: Ascent, local: list[str], rate: float) -> None:
     """λ ← (1 − ρ) λ_t + ρ λ̂(λ), the target taken where the step ends, locals at their optimum there too.
 
-    Block by block it is the maximum of the minibatch's bound − (1/ρ − 1) KL(q_λ ‖ q_λt) (Theis and Hoffman 2015,
-    eq. 8).
+    Block by block it is the maximum of the minibatch's bound − (1/ρ − 1) KL(q_λ ‖ q_λt) (Theis and Hoffman
+    2015, eq. 8).
 
     It sees each datum as often as the plain step, and gains several times as much from it.
     """

@@ -39,8 +39,7 @@ def broken_start(ascent: Ascent) -> Ascent:
     """The same ascent from a start without exchangeable symmetry: seeded components, random factors.
 
     How many components the data want is not known, and mean field removes superfluous ones slowly: starts
-    with all, and with fewer and fewer, of them seeded are swept a few times; the one with the highest bound is
-    kept.
+    with all, and with fewer and fewer, of them seeded are swept a few times; the best bound is kept.
     """
     mixtures = _mixtures(ascent)
     start, last = ascent.beliefs, list(ascent.last)

@@ -400,6 +400,7 @@ def regression() -> tuple[Callable, tuple[Tensor, ...]]:
 def test_a_loss_is_minus_the_elbo_before_the_update() -> None:
     model, args = regression()
     engine = BLRInference(model)
+    engine.step(*args)
     before = engine.evaluate_loss(*args)
     assert engine.evaluate_loss(*args) == before
     naturals = {name: natural.clone() for name, natural in engine.guide.naturals.items()}

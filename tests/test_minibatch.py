@@ -1,0 +1,223 @@
+"""Subsampled plates: locals at their optimum, globals by shrinking steps; five passes are enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_blr import BLRInference
+from pyro_blr.rules import Passes
+
+PASSES = 5
+
+
+# -- five passes ----------------------------------------------------------------------------------------
+
+
+def lda(words: Tensor, batch: int | None = None) -> None:
+    """500 documents of 50 words out of 100, 6 topics."""
+    with pyro.plate("topics", 6):
+        phi = pyro.sample("phi", dist.Dirichlet(0.5 * torch.ones(100)))
+    with pyro.plate("documents", words.shape[1], subsample_size=batch, dim=-1) as index:
+        theta = pyro.sample("theta", dist.Dirichlet(0.5 * torch.ones(6)))
+        with pyro.plate("words", words.shape[0], dim=-2):
+            z = pyro.sample("z", dist.Categorical(theta))
+            pyro.sample("word", dist.Categorical(phi[z]), obs=words[:, index])
+
+
+def lda_case(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Words, and topics that start at six documents."""
+    random = np.random.default_rng(seed)
+    topics = random.dirichlet(0.1 * np.ones(100), 6)
+    mixing = random.dirichlet(0.2 * np.ones(6), 500)
+    words = np.stack(
+        [[random.choice(100, p=topics[k]) for k in random.choice(6, size=50, p=row)] for row in mixing], 1
+    )
+    words = torch.as_tensor(words)
+    chosen = torch.as_tensor(random.permutation(500)[:6])
+    counts = torch.stack([torch.bincount(words[:, d], minlength=100) for d in chosen]) + 0.5
+    return words, {"phi": counts / counts.sum(-1, keepdim=True)}
+
+
+def mixture(y: Tensor, batch: int | None = None) -> None:
+    """4,000 points in the plane, 6 components of unknown means and diagonal precisions."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(6)))
+    with pyro.plate("components", 6):
+        mean = pyro.sample("mean", dist.Normal(0.0, 3.0).expand([2]).to_event(1))
+        tau = pyro.sample("tau", dist.Gamma(2.0, 2.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(y), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Normal(mean[z], tau[z].rsqrt()).to_event(1), obs=y[index])
+
+
+def mixture_case(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Overlapping clusters, and means that start at points far from each other."""
+    random = np.random.default_rng(seed)
+    centres = 4 * random.normal(size=(6, 2))
+    y = centres[random.integers(0, 6, 4000)] + random.normal(size=(4000, 2)) * random.uniform(
+        0.4, 1.2, size=(4000, 1)
+    )
+    y = torch.as_tensor(y)
+    chosen = [int(random.integers(4000))]
+    for _ in range(5):
+        chosen.append(int(torch.cdist(y, y[chosen]).min(-1).values.argmax()))
+    return y, {"mean": y[chosen]}
+
+
+CASES = {
+    "lda, 50 of 500 documents": (lda, lda_case, 50, ["theta", "z"]),
+    "mixture, 400 of 4000 points": (mixture, mixture_case, 400, ["z"]),
+}
+
+
+def bound_of_globals(
+    model: Callable, data: Tensor, naturals: Mapping[str, Tensor], local: list[str]
+) -> float:
+    """The bound on all data at these globals, local sites at their optimum."""
+    fixed = {name: natural for name, natural in naturals.items() if name not in local}
+    engine = BLRInference(model, blocks="sites")
+    engine.step(data)
+    best = -float("inf")
+    for _ in range(100):
+        engine.guide.naturals = {**engine.guide.naturals, **fixed}
+        engine.step(data)
+        engine.guide.naturals = {**engine.guide.naturals, **fixed}
+        bound = -engine.evaluate_loss(data)
+        if bound - best < 1e-2:
+            return max(bound, best)
+        best = bound
+    return best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", list(CASES))
+def test_five_passes_close_the_gap(case: str, seed: int) -> None:
+    model, make, batch, local = CASES[case]
+    data, init = make(seed)
+    full = BLRInference(model, init=init, blocks="sites")
+    full.step(data)
+    first = -full.evaluate_loss(data)
+    optimum = full.run(data, max_steps=300, progress=False).elbo
+    mini = BLRInference(model, init=init, blocks="sites")
+    for _ in range(PASSES * data.shape[-1 if model is lda else 0] // batch):
+        mini.step(data, batch)
+    reached = bound_of_globals(model, data, mini.guide.naturals, local)
+    assert reached - first >= 0.99 * (optimum - first)
+
+
+# -- what a plate's scale does --------------------------------------------------------------------------
+
+
+def groups(y: Tensor, batch: int | None = None) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("groups", y.shape[1], subsample_size=batch, dim=-1) as index:
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        with pyro.plate("rows", y.shape[0], dim=-2):
+            pyro.sample("y", dist.Normal(theta, 0.5), obs=y[:, index])
+
+
+def test_a_local_latent_has_the_posterior_of_the_full_plate() -> None:
+    """Five to one: neither the likelihood nor the prior of a local site counts five times."""
+    y = torch.randn(3, 20) + 2 * torch.randn(20)
+    full = BLRInference(groups).run(y, tol=1e-10, progress=False)
+    engine = BLRInference(groups)
+    for _ in range(400):
+        engine.step(y, 4)
+    mini = engine.posterior
+    assert torch.allclose(mini["theta"].stddev, full["theta"].stddev, atol=1e-12)
+    assert torch.allclose(mini["theta"].stddev, torch.full((20,), (1 + 3 / 0.25) ** -0.5), atol=1e-12)
+    assert torch.allclose(mini["theta"].mean, full["theta"].mean, atol=0.02)
+    assert float(mini["mu"].mean) == pytest.approx(float(full["mu"].mean), abs=0.1)
+    assert float(mini["mu"].stddev) == pytest.approx(float(full["mu"].stddev), abs=1e-12)
+
+
+def test_a_local_latent_is_the_same_with_its_globals_held() -> None:
+    """Without noise in the globals the local posteriors are equal to rounding."""
+    y = torch.randn(3, 20)
+
+    def local(y: Tensor, batch: int | None = None) -> None:
+        with pyro.plate("groups", 20, subsample_size=batch, dim=-1) as index:
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            tau = pyro.sample("tau", dist.Gamma(2.0, 2.0))
+            with pyro.plate("rows", 3, dim=-2):
+                pyro.sample("y", dist.Normal(theta, tau.rsqrt()), obs=y[:, index])
+
+    full = BLRInference(local).run(y, tol=1e-12, progress=False)
+    engine = BLRInference(local)
+    seen = torch.zeros(20, dtype=torch.bool)
+    for _ in range(60):
+        engine.step(y, 4)
+        seen |= engine.guide.naturals["theta"][:, 1] != -0.5
+    assert seen.all()
+    for site in ("theta", "tau"):
+        assert torch.allclose(engine.posterior.natural[site], full.natural[site], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_a_minibatch_leaves_out_keep_their_posterior() -> None:
+    y = torch.randn(3, 20)
+
+    def chosen(y: Tensor, index: Tensor) -> None:
+        with pyro.plate("groups", 20, subsample=index, dim=-1) as rows:
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            with pyro.plate("rows", 3, dim=-2):
+                pyro.sample("y", dist.Normal(theta, 0.5), obs=y[:, rows])
+
+    engine = BLRInference(chosen)
+    engine.step(y, torch.tensor([0, 1, 2, 3]))
+    before = engine.guide.naturals["theta"].clone()
+    engine.step(y, torch.tensor([4, 5, 6, 7]))
+    after = engine.guide.naturals["theta"]
+    assert torch.equal(after[:4], before[:4])
+    assert torch.equal(after[8:], before[8:])
+    expected = y.sum(0) / 0.25
+    assert torch.allclose(after[:8, 0], expected[:8], atol=1e-12)
+    assert torch.allclose(after[:8, 1], torch.tensor(-6.5), atol=1e-12)
+
+
+def test_the_first_rate_is_one_and_rates_average_in_the_end() -> None:
+    passes = Passes(10.0)
+    rates = [passes.rate(step) for step in range(1000)]
+    assert rates[0] == 1.0
+    assert all(after < before for before, after in zip(rates, rates[1:], strict=False))
+    assert rates[9] == pytest.approx(10**-0.5) and rates[999] == pytest.approx(10**0.5 / 1000)
+
+
+def test_run_stops_by_itself_on_minibatches() -> None:
+    y = 1.5 + torch.randn(400)
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        tau = pyro.sample("tau", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", 400, subsample_size=80) as index:
+            pyro.sample("y", dist.Normal(mu, tau.rsqrt()), obs=y[index])
+
+    posterior: Any = BLRInference(model).run(y, progress=False)
+    assert posterior.converged and posterior.num_steps < 1000
+    assert posterior.elbo_kind == "estimate ± standard error"
+    assert float(posterior["mu"].mean) == pytest.approx(float(y.mean()), abs=0.05)
+    assert float(posterior["tau"].mean) == pytest.approx(1 / float(y.var()), rel=0.05)
+
+
+def test_minibatches_of_ordinary_data_loaders() -> None:
+    """Batches given as arguments, of another size at the end of a pass, scaled by the plate."""
+    y = torch.randn(450) - 1.0
+
+    def model(index: Tensor, y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", 450, subsample=index):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    engine = BLRInference(model)
+    for _ in range(10):
+        for index in torch.randperm(450).split(100):
+            engine.step(index, y[index])
+    assert float(engine.posterior["mu"].stddev) == pytest.approx(450.01**-0.5, rel=1e-9)
+    assert float(engine.posterior["mu"].mean) == pytest.approx(float(y.mean()), abs=0.03)
