@@ -105,21 +105,24 @@ class Ascent:
             )
         self.beliefs.update(name, self.rule.step(block.family, self.beliefs.naturals[name], target, rate))
 
-    def refuse_improper(self, seed: int, size: int) -> None:
-        """Raises where a climb ended while its target is far outside the family, whatever the draws: the posterior is improper there.
+    def refuse_improper(self, seed: int, size: int, settled: bool) -> None:
+        """Raises where a climb ended and its target is outside the family, for any draws: the posterior is improper there.
 
-        At an optimum λ is its own target; half way to a target that noise has thrown out of the domain is inside.
+        At an optimum λ is its own target.  A target that noise has thrown out of the domain is not far outside, nor twice.
         """
         for name in self.order:
             block, natural = self.program.blocks[name], self.beliefs.naturals[name]
-            if self.program.messages.is_exact(name):
+            if self.program.messages.is_exact(name) or block.batch_shape.numel() > 10_000:
                 continue
+            inside = torch.zeros(block.batch_shape, dtype=torch.bool, device=natural.device)
             for attempt in (0, 1):
-                half = 0.5 * (natural + self.target(name, Draws(seed + attempt, size)))
-                if bool(block.family.contains(half).all()):
+                target = self.target(name, Draws(seed + attempt, size))
+                towards = natural + 0.75 * (target - natural) if settled else target
+                inside = inside | block.family.contains(towards)
+                if bool(inside.all()):
                     break
             else:
-                check_natural(block, half)
+                check_natural(block, torch.where(inside.unsqueeze(-1), natural, towards))
 
     # -- the bound ------------------------------------------------------------------------------------------------------
 

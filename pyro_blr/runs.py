@@ -128,7 +128,7 @@ class Run:
             else:
                 self.stop_reason = f"the steps on {size} fixed draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
         if self.num_steps < self.max_steps:
-            self.ascent.refuse_improper(seed, levels[-1])
+            self.ascent.refuse_improper(seed, levels[-1], self.converged)
         self.ascent.measure(Draws(fresh_seed(), levels[-1]))
 
     def _affordable(self) -> tuple[int, ...]:
