@@ -26,7 +26,7 @@ class Ascent:
 
     def __init__(self, program: Program, beliefs: Beliefs, last: Sequence[str] = ()):
         self.program, self.beliefs = program, beliefs
-        self.targets = Targets(program.messages)
+        self.targets = Targets(program.messages, program.orders)
         self._bound: float | None = None
         self.bound_se = 0.0
         self.last = list(last)  # updated last in a sweep: blocks whose start is given

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pyro_blr.arguments import Arguments, Moments, mean_leaf
 from pyro_blr.blocks import Block
-from pyro_blr.conjugacy import FactorPlan
 from pyro_blr.expressions import Ref
 from pyro_blr.graph import FactorGraph, broadcast_shape
 from pyro_blr.likelihoods import Expectation, WeightedSums
 from pyro_blr.likelihoods import Normal as NormalLikelihood
+from pyro_blr.plans import FactorPlan
 from pyro_blr.summaries import QuadraticSummary, summarise
 
 __all__ = ["FactorAverage"]

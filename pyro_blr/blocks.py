@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
@@ -22,7 +21,8 @@ from pyro_blr.families import (
     family_of,
     pushforward_family,
 )
-from pyro_blr.graph import FactorGraph, Plate, Site, unwrap
+from pyro_blr.graph import FactorGraph, Plate, Site
+from pyro_blr.running import unwrap
 
 __all__ = ["Block", "build_blocks", "is_gaussian"]
 
@@ -123,6 +123,12 @@ class Block:
                 "leave out elements that occur never"
             )
         return copies.expand(self.batch_shape)
+
+    @property
+    def num_directions(self) -> int:
+        """Length of one element's own variable."""
+        family = self.family.base if isinstance(self.family, TransformedNormal) else self.family
+        return max(family.event_shape.numel(), 1)
 
     @property
     def num_states(self) -> int:

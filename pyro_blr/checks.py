@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyro_blr.blocks import Block
 from pyro_blr.expressions import Ref
-from pyro_blr.graph import Factor, FactorGraph, generic_value
+from pyro_blr.graph import Factor, FactorGraph
+from pyro_blr.running import generic_value
 
 __all__ = [
     "ImproperPosteriorError",

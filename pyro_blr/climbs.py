@@ -1,4 +1,6 @@
-"""Climbing a bound that is estimated from draws: a Newton search for where to start, then steps on draws that stay fixed."""
+"""Climbing a bound that is estimated from draws: a Newton search for where to start, then steps on draws that
+stay fixed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ _NEWTON_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Climb:
-    """How a climb on fixed draws went: `first` and `last` are its steps' remaining distances to the fixed point in nats."""
+    """How a climb on fixed draws went: `first` and `last` are its steps' remaining distances to the fixed
+    point in nats.
+    """
 
     converged: bool
     first: float
@@ -33,12 +37,15 @@ class Climb:
 
 
 def newton_start(ascent: Ascent) -> None:
-    """Gaussian blocks to a mode of E[log f | their mean] and its curvature, exact blocks to their optimum given these.
+    """Gaussian blocks to a mode of E[log f | their mean] and its curvature, exact blocks to their optimum
+    given these.
 
     E_q of an exponential under a vague prior overflows; at the mean it does not.
     """
     messages = ascent.program.messages
-    sampled = [n for n in ascent.order if not messages.is_exact(n) and is_gaussian(ascent.program.blocks[n].family)]
+    sampled = [
+        n for n in ascent.order if not messages.is_exact(n) and is_gaussian(ascent.program.blocks[n].family)
+    ]
     if not sampled:
         return
     for _ in range(_NEWTON_ROUNDS if len(ascent.order) > 1 else 1):
@@ -50,9 +57,11 @@ def newton_start(ascent: Ascent) -> None:
 
 
 def _newton(ascent: Ascent, name: str) -> None:
-    """m ← m + ρ (−H)⁻¹ ∇ on one block's mean, ρ halved while the log density there falls, at most `_NEWTON_STEPS` times.
+    """m ← m + ρ (−H)⁻¹ ∇ on one block's mean, ρ halved while the log density there falls, at most
+    `_NEWTON_STEPS` times.
 
-    ρ shortens the step in m, not in λ: under a vague prior λ would have to move by less than one part in 1 / its variance.
+    ρ shortens the step in m, not in λ: under a vague prior λ would have to move by less than one part in 1 /
+    its variance.
     """
     draws, height = Draws(0, 0), _height(ascent, name)
     for _ in range(_NEWTON_STEPS):
@@ -70,7 +79,9 @@ def _newton(ascent: Ascent, name: str) -> None:
         for halvings in range(_HALVINGS):
             ascent.beliefs = whole.copy()
             if halvings:
-                ascent.beliefs.update(name, ascent.targets.with_mean(name, whole, here + 0.5**halvings * (there - here)))
+                ascent.beliefs.update(
+                    name, ascent.targets.with_mean(name, whole, here + 0.5**halvings * (there - here))
+                )
             reached = _height(ascent, name)
             if reached >= height - 1e-9 * abs(height) or not math.isfinite(height):
                 break
@@ -90,8 +101,8 @@ def _height(ascent: Ascent, name: str) -> float:
 def climb(ascent: Ascent, draws: Draws, tol: float, limit: int, tick: Callable[[float], bool]) -> Climb:
     """Sweeps on fixed draws until the extrapolated remaining distance, Σ_i s_i KL, is below `tol` nats.
 
-    A sweep is halved while the bound falls by more than the draws' own noise.  `tick` is told the bound after every sweep, and says
-    whether there may be another.
+    A sweep is halved while the bound falls by more than the draws' own noise.  `tick` is told the bound after
+    every sweep, and says whether there may be another.
     """
     first, previous, rate, ceiling = math.inf, math.inf, 1.0, 1.0
     values: Tensor | None = None if ascent.beliefs.points else ascent.finite_estimates(draws)
@@ -145,7 +156,9 @@ class _Step:
 
 
 def extrapolation(previous: float, distance: float) -> float:
-    """(r / (1 − r))², at least 1, for steps that shrink by r: all steps to come together, in the units of the square of one."""
+    """(r / (1 − r))², at least 1, for steps that shrink by r: all steps to come together, in the units of the
+    square of one.
+    """
     if not math.isfinite(previous):
         return 1.0
     ratio = math.sqrt(distance / previous) if previous > 0 else 0.0
@@ -155,7 +168,9 @@ def extrapolation(previous: float, distance: float) -> float:
 def guarded_sweep(
     ascent: Ascent, draws: Draws, rate: float, before: Tensor | None, names: list[str] | None = None
 ) -> tuple[Tensor, float, float] | None:
-    """A sweep at the rate, halved while the bound falls: (the bound's estimates, Σ_i s_i KL a full step, the rate); None where none holds."""
+    """A sweep at the rate, halved while the bound falls: (the bound's estimates, Σ_i s_i KL a full step, the
+    rate); None where none holds.
+    """
     start = ascent.beliefs
     for _ in range(_HALVINGS):
         ascent.beliefs = start.copy()

@@ -6,23 +6,30 @@ one reads the recorded expression (`kinds`), the numerical one evaluates it (`pr
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_blr.blocks import Block, is_gaussian
+from pyro_blr.blocks import Block
 from pyro_blr.expressions import Recorded, Recording, Ref
 from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, LogNormal, TransformedNormal, Wishart
-from pyro_blr.graph import Factor, FactorGraph, generic_value, unwrap
+from pyro_blr.forms import (
+    UNUSABLE,
+    allowed_form,
+    holds_for_other_data,
+    is_jointly_affine,
+    mixed_dims,
+    numerical_at_all_states,
+    products_of,
+)
+from pyro_blr.graph import Factor, FactorGraph
 from pyro_blr.kinds import Form, Kind, Sort, kind_of
 from pyro_blr.likelihoods import (
     Constant,
-    Expectation,
     Likelihood,
     Linear,
     Matrix,
@@ -32,62 +39,14 @@ from pyro_blr.likelihoods import (
     Vector,
     likelihood_of,
 )
-from pyro_blr.probe import Probe, close
+from pyro_blr.plans import PROVED, Argument, FactorPlan, Verdict
+from pyro_blr.probe import Probe
 from pyro_blr.remedies import remedy_for
+from pyro_blr.running import generic_value, unwrap
 
-__all__ = ["Argument", "FactorPlan", "Verdict", "analyse"]
+__all__ = ["analyse"]
 
-PROVED = "exact (proved)"
-_T = TypeVar("_T")
 MOST_RUNS = 256  # runs of the model, at most, for one average over discrete sites that leave torch
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is said about one (factor, site) pair."""
-
-    factor: str
-    site: str
-    exact: bool
-    how: str
-    reason: str = ""
-    remedy: str = ""
-    argument: str = ""
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One canonical argument of a factor: its expression, and the blocks it is averaged over in closed form."""
-
-    name: str
-    role: type[Expectation]
-    ref: Any
-    forms: Mapping[str, Form] = field(default_factory=dict)
-    mixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    products: tuple[tuple[str, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class FactorPlan:
-    """How E_q[log f] is computed: over `enumerated` blocks by summing, over `analytic` ones in closed form, over `sampled`
-    ones by drawing."""
-
-    factor: Factor
-    likelihood: Likelihood | None
-    arguments: tuple[Argument, ...]
-    enumerated: tuple[str, ...]
-    analytic: tuple[str, ...]
-    sampled: tuple[str, ...]
-    verdicts: tuple[Verdict, ...]
-    replayed: bool = False
-
-    @property
-    def exact(self) -> bool:
-        return not self.sampled
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        return (*self.enumerated, *self.analytic, *self.sampled)
 
 
 @dataclass(frozen=True)
@@ -281,13 +240,13 @@ class _Judge:
         block = self.blocks[name]
         structural = self._structural(argument, block)
         try:
-            form, points = _numerical_at_all_states(self.probe, argument, block)
-        except _UNUSABLE as error:
+            form, points = numerical_at_all_states(self.probe, argument, block)
+        except UNUSABLE as error:
             return _Finding(None, False, 0, f"it cannot be evaluated at other values: {error}")
-        claimed = _allowed(argument.role, block, structural) if structural is not None else None
+        claimed = allowed_form(argument.role, block, structural) if structural is not None else None
         if claimed is not None and form is not None:
             return _Finding(claimed, True, points)
-        if form is not None and _holds_for_other_data(self.probe, argument, block, form):
+        if form is not None and holds_for_other_data(self.probe, argument, block, form):
             return _Finding(form, False, points)
         operation = structural.operation if structural is not None else ""
         source = structural.source if structural is not None else ""
@@ -311,7 +270,7 @@ class _Judge:
         ]
         if len(kinds) == 1:
             return kinds[0]
-        others = [kind for kind in kinds if _allowed(argument.role, block, kind) is None]
+        others = [kind for kind in kinds if allowed_form(argument.role, block, kind) is None]
         if others:
             return others[0]
         return Kind(Form.AFFINE) if is_jointly_affine(self.probe, argument.ref, block) else None
@@ -328,8 +287,8 @@ class _Judge:
         products: tuple[tuple[str, ...], ...] = ()
         if argument.role in (Linear, Vector):
             for name in forms:
-                mixed[name] = _mixed_dims(self.probe, argument, self.blocks[name])
-            products = _products(self.probe, argument, [self.blocks[name] for name in forms])
+                mixed[name] = mixed_dims(self.probe, argument, self.blocks[name])
+            products = products_of(self.probe, argument, [self.blocks[name] for name in forms])
         return Argument(argument.name, argument.role, argument.ref, forms, mixed, products)
 
     def _verdicts(
@@ -394,243 +353,3 @@ def _combine_shared(canonical: dict[str, Any], likelihood: Likelihood, blocks_of
     return canonical
 
 
-def _allowed(role: type[Expectation], block: Block, kind: Kind) -> Form | None:
-    """The form under which the template is exact for the block's family, if the kind has it."""
-    family, form = block.family, kind.form
-    if role in (Linear, Vector) and is_gaussian(family):
-        if isinstance(family, LogNormal):
-            return Form.AFFINE if form is Form.LOG else None
-        if form is Form.MONOMIAL and kind.power == 1:
-            return Form.AFFINE
-        return form if form in (Form.SELECTION, Form.AFFINE) else (Form.AFFINE if form is Form.COMPLEMENT else None)
-    if role is Positive and isinstance(family, (Gamma, InverseGamma)):
-        power = 1.0 if form is Form.SELECTION else kind.power if form is Form.MONOMIAL else None
-        wanted = 1.0 if isinstance(family, Gamma) else -1.0
-        return form if power == wanted else None
-    if role is Probability and isinstance(family, Beta):
-        return form if form in (Form.SELECTION, Form.COMPLEMENT) else None
-    if role is Simplex and isinstance(family, Dirichlet):
-        return form if form in (Form.SELECTION, Form.MONOMIAL) else None
-    if role is Matrix:
-        if isinstance(family, Wishart) and form in (Form.MATRIX, Form.SELECTION):
-            return Form.MATRIX if form is Form.SELECTION or kind.power == 1 else None
-        if isinstance(family, Gamma) and (form in (Form.MATRIX, Form.SELECTION) or (form is Form.MONOMIAL and kind.power == 1)):
-            return Form.MATRIX
-    return None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The numerical judge
-
-_STEPS = (0.37, -0.8, 1.9)
-
-
-def _numerical(probe: Probe, argument: Argument, block: Block) -> tuple[Form | None, int]:
-    """The form that the argument's values have along random lines in the block's variable, and at how many points it was seen."""
-    role, family = argument.role, block.family
-    if role in (Linear, Vector) and is_gaussian(family):
-        ok = all(_affine(probe, argument.ref, block, probe.point(block), probe.point(block)) for _ in range(3))
-        return (Form.AFFINE if ok else None), 3 * (len(_STEPS) + 2)
-    if role is Positive and isinstance(family, (Gamma, InverseGamma)):
-        return _positive_form(probe, argument.ref, block), 3 * 8
-    if role is Probability and isinstance(family, Beta):
-        return _probability_form(probe, argument.ref, block), 3 * 2
-    if role is Simplex and isinstance(family, Dirichlet):
-        return _simplex_form(probe, argument.ref, block), 3 * 3
-    if role is Matrix and isinstance(family, Wishart):
-        return _matrix_form(probe, argument.ref, block), 3 * 4
-    if role is Matrix and isinstance(family, Gamma):
-        return _scaled_matrix_form(probe, argument.ref, block), 3 * 6
-    return None, 0
-
-
-def _numerical_at_all_states(probe: Probe, argument: Argument, block: Block) -> tuple[Form | None, int]:
-    """The form that holds whatever the states of the expression's discrete sites; the same one throughout."""
-    found: Form | None = None
-    total = 0
-    for turn in probe.assignments(argument.ref):
-        form, points = _numerical(probe, argument, block)
-        total += points
-        if form is None or (turn > 0 and form is not found):
-            return None, total
-        found = form
-    return found, total
-
-
-# What a program may say of values or data it was not written for.
-_UNUSABLE = (RuntimeError, IndexError, ValueError, TypeError)
-
-
-def _holds_for_other_data(probe: Probe, argument: Argument, block: Block, form: Form) -> bool:
-    """Whether a form without proof is more than a coincidence of the data, as far as the program takes other data."""
-    with probe.other_data():
-        try:
-            return _numerical_at_all_states(probe, argument, block)[0] is form
-        except _UNUSABLE:
-            return True
-
-
-def _for_any_data(probe: Probe, ref: Any, find: Callable[[], _T]) -> Iterator[_T]:
-    """`find()` at the program's data and at others, in all states of the expression's discrete sites."""
-    for _ in probe.assignments(ref):
-        yield find()
-    with probe.other_data():
-        for _ in probe.assignments(ref):
-            with contextlib.suppress(*_UNUSABLE):
-                yield find()
-
-
-def _affine(probe: Probe, ref: Any, block: Block, a: Tensor, b: Tensor) -> bool:
-    start, end = (probe.evaluate(ref, {block.name: point}) for point in (a, b))
-    return all(
-        close(probe.evaluate(ref, {block.name: (1 - t) * a + t * b}), (1 - t) * start + t * end) for t in _STEPS
-    )
-
-
-def _positive_form(probe: Probe, ref: Any, block: Block) -> Form | None:
-    """c x (c / x for an InverseGamma): linear in x^p, and log-affine with degree p."""
-    power = 1.0 if isinstance(block.family, Gamma) else -1.0
-    for _ in range(3):
-        a, b = probe.point(block), probe.point(block)
-        f_a, f_b = (probe.evaluate(ref, {block.name: x}) for x in (a, b))
-        if not bool((f_a > 0).all() and (f_b > 0).all()):
-            return None
-        for t in (0.37, 0.81):
-            middle = ((1 - t) * a**power + t * b**power) ** power
-            if not close(probe.evaluate(ref, {block.name: middle}), (1 - t) * f_a + t * f_b):
-                return None
-        for t in _STEPS[:2]:
-            value = probe.evaluate(ref, {block.name: a ** (1 - t) * b**t})
-            if not bool((value > 0).all()) or not close(value.log(), (1 - t) * f_a.log() + t * f_b.log()):
-                return None
-        for c in (1e-3, 1e3):
-            if not close(probe.evaluate(ref, {block.name: c * a}), c**power * f_a):
-                return None
-    return Form.MONOMIAL
-
-
-def _probability_form(probe: Probe, ref: Any, block: Block) -> Form | None:
-    """p or 1 − p, elementwise: what commutes with squaring p, or does so up to complement."""
-    forms = {Form.SELECTION, Form.COMPLEMENT}
-    for _ in range(3):
-        a = probe.point(block)
-        value, squared = (probe.evaluate(ref, {block.name: x}) for x in (a, a**2))
-        constant = probe.evaluate(ref, {block.name: torch.full_like(a, 0.3)})
-        if not (close(squared, value**2) and close(constant, torch.full_like(constant, 0.3))):
-            forms.discard(Form.SELECTION)
-        if not (close(1 - squared, (1 - value) ** 2) and close(constant, torch.full_like(constant, 0.7))):
-            forms.discard(Form.COMPLEMENT)
-    return forms.pop() if len(forms) == 1 else None
-
-
-def _simplex_form(probe: Probe, ref: Any, block: Block) -> Form | None:
-    """Entries of the site, in rows that sum to one; the rows commute with squaring."""
-    for _ in range(3):
-        a = probe.point(block)
-        value, squared = (probe.evaluate(ref, {block.name: x}) for x in (a, a**2))
-        total = value.sum(-1)
-        if not (close(total, torch.ones_like(total)) and close(squared, value**2)):
-            return None
-    return Form.MONOMIAL
-
-
-def _matrix_form(probe: Probe, ref: Any, block: Block) -> Form | None:
-    """A W Aᵀ: linear in W without a constant, and log|·| moves with log|W| alone."""
-    for _ in range(3):
-        a, b = probe.point(block), probe.point(block)
-        f_a, f_b = (probe.evaluate(ref, {block.name: x}) for x in (a, b))
-        if not close(probe.evaluate(ref, {block.name: 0.4 * a + 1.7 * b}), 0.4 * f_a + 1.7 * f_b):
-            return None
-        if not close(f_a, f_a.mT):
-            return None
-        d = a.shape[-1]
-        same = b * ((torch.linalg.slogdet(a)[1] - torch.linalg.slogdet(b)[1]) / d).exp()[..., None, None]
-        f_same = probe.evaluate(ref, {block.name: same})
-        if not close(torch.linalg.slogdet(f_same)[1], torch.linalg.slogdet(f_a)[1]):
-            return None
-    return Form.MATRIX
-
-
-def _scaled_matrix_form(probe: Probe, ref: Any, block: Block) -> Form | None:
-    """Linear in τ without a constant, positive definite, log|·| affine in log τ."""
-    for _ in range(3):
-        a, b = probe.point(block), probe.point(block)
-        f_a, f_b = (probe.evaluate(ref, {block.name: x}) for x in (a, b))
-        if not close(probe.evaluate(ref, {block.name: 0.4 * a + 1.7 * b}), 0.4 * f_a + 1.7 * f_b):
-            return None
-        for t in _STEPS:
-            value = probe.evaluate(ref, {block.name: a ** (1 - t) * b**t})
-            expected = (1 - t) * torch.linalg.slogdet(f_a)[1] + t * torch.linalg.slogdet(f_b)[1]
-            if not close(torch.linalg.slogdet(value)[1], expected):
-                return None
-    return Form.MATRIX
-
-
-def is_jointly_affine(probe: Probe, ref: Any, block: Block) -> bool:
-    """Whether an expression affine in each site of a block is so in all together (no products of two of them)."""
-    return _affine(probe, ref, block, probe.point(block), probe.point(block))
-
-
-def _mixed_dims(probe: Probe, argument: Argument, block: Block) -> tuple[int, ...]:
-    """The dims of the block's variable that single outputs combine several indices of, in any state and for any data."""
-    found = _for_any_data(probe, argument.ref, lambda: _mixed_dims_here(probe, argument, block))
-    return tuple(sorted({dim for dims in found for dim in dims}))
-
-
-def _mixed_dims_here(probe: Probe, argument: Argument, block: Block) -> tuple[int, ...]:
-    """`_mixed_dims` at the present states (negative, counted from the right).
-
-    Along the other dims every output sees one index, so that one tangent serves all of them.  Seen with a generic tangent r
-    and weights s along one dim: (J r s²)(J r) = (J r s)² elementwise when each output has one index there.
-    """
-    shape = probe.leaf_shape(block)
-    point = probe.point(block)
-    base = probe.evaluate(argument.ref, {block.name: point})
-    mixed = []
-    for dim in range(-len(shape), 0):
-        size = shape[dim]
-        if size == 1:
-            continue
-        tangent = torch.randn(tuple(shape), generator=probe.generator, device="cpu", dtype=torch.float64)
-        weights = torch.rand(size, generator=probe.generator, device="cpu", dtype=torch.float64) + 0.5
-        weights = weights.reshape(size, *[1] * (-dim - 1))
-        moved = [probe.evaluate(argument.ref, {block.name: point + tangent * weights**k}) - base for k in (0, 1, 2)]
-        if argument.role is Vector:  # its entries are correlated with each other: they count as one output
-            contraction = torch.rand(base.shape[-1], generator=probe.generator, device="cpu", dtype=torch.float64) + 0.5
-            moved = [(change * contraction).sum(-1) for change in moved]
-        if not close(moved[2] * moved[0], moved[1] ** 2):
-            mixed.append(dim)
-    return tuple(mixed)
-
-
-def _products(probe: Probe, argument: Argument, blocks: Sequence[Block]) -> tuple[tuple[str, ...], ...]:
-    """The sets of two or more Gaussian blocks that the argument multiplies with each other."""
-    found: list[tuple[str, ...]] = []
-    pairs = [(a, b) for i, a in enumerate(blocks) for b in blocks[i + 1 :]]
-    for a, b in pairs:
-        if _interacts(probe, argument.ref, (a, b)):
-            found.append((a.name, b.name))
-    if len(found) >= 3:
-        names = sorted({name for pair in found for name in pair})
-        triples = [(x, y, z) for i, x in enumerate(names) for j, y in enumerate(names[i + 1 :], i + 1) for z in names[j + 1 :]]
-        by_name = {block.name: block for block in blocks}
-        found += [t for t in triples if _interacts(probe, argument.ref, [by_name[name] for name in t])]
-    return tuple(found)
-
-
-def _interacts(probe: Probe, ref: Any, blocks: Sequence[Block]) -> bool:
-    """Whether the mixed difference over the blocks is non-zero in some state, for some data."""
-    return any(_for_any_data(probe, ref, lambda: _interacts_here(probe, ref, blocks)))
-
-
-def _interacts_here(probe: Probe, ref: Any, blocks: Sequence[Block]) -> bool:
-    low = {block.name: probe.point(block) for block in blocks}
-    high = {block.name: probe.point(block) for block in blocks}
-    total, size = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
-    for corner in range(2 ** len(blocks)):
-        bits = [(corner >> i) & 1 for i in range(len(blocks))]
-        leaves = {block.name: (high if bit else low)[block.name] for block, bit in zip(blocks, bits, strict=True)}
-        value = probe.evaluate(ref, leaves)
-        sign = (-1) ** (len(blocks) - sum(bits))
-        total, size = total + sign * value, size + value.abs()
-    return bool((total.abs() > 1e-9 * size.max().clamp_min(1e-30)).any())

@@ -13,9 +13,9 @@ from pyro_blr.arguments import mean_leaf
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import Block, is_gaussian
 from pyro_blr.estimators import gaussian_leaves, standard_normal_draws
-from pyro_blr.graph import isolated_random_state
+from pyro_blr.running import isolated_random_state
 
-__all__ = ["Draws", "fresh_seed"]
+__all__ = ["Draws", "fresh_seed", "unit_width"]
 
 
 def fresh_seed() -> int:
@@ -25,7 +25,8 @@ def fresh_seed() -> int:
 
 @dataclass
 class Draws:
-    """`size` draws a block, a function of q and one seed; none (`size` 0) is the delta method, everything at its mean.
+    """`size` draws a block, a function of q and one seed; none (`size` 0) is the delta method, everything at
+    its mean.
 
     The Gaussian blocks of a model share one low-discrepancy sequence, small blocks first.
     """
@@ -34,7 +35,9 @@ class Draws:
     size: int
     _noise: dict[str, Tensor] = field(default_factory=dict)
 
-    def leaves(self, blocks: Mapping[str, Block], names: Sequence[str], beliefs: Beliefs, every: Sequence[str]) -> dict[str, Tensor]:
+    def leaves(
+        self, blocks: Mapping[str, Block], names: Sequence[str], beliefs: Beliefs, every: Sequence[str]
+    ) -> dict[str, Tensor]:
         """(size, *leaf) draws of the named blocks; `every` names all that are ever drawn together."""
         return {name: self._leaf(blocks, name, beliefs, every) for name in names}
 
@@ -49,7 +52,9 @@ class Draws:
                 return moments["mean"].unsqueeze(0)
             shape = moments["mean"].shape
             if name not in self._noise or self._noise[name].shape[1:] != shape:
-                self._draw_noise({n: beliefs.moments[n]["mean"] for n in every if is_gaussian(blocks[n].family)})
+                self._draw_noise(
+                    {n: beliefs.moments[n]["mean"] for n in every if is_gaussian(blocks[n].family)}
+                )
             return gaussian_leaves(moments, self._noise[name])
         if self.size == 0 and not block.is_discrete:
             return mean_leaf(block, moments).unsqueeze(0)
@@ -67,3 +72,11 @@ class Draws:
             part = joint[:, start : start + mean.numel()]
             self._noise[name] = part.reshape(self.size, *mean.shape).to(mean)
             start += mean.numel()
+
+
+def unit_width(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A unit variance of the moments' shape."""
+    if "variance" in moments:
+        return {"variance": torch.ones_like(moments["variance"])}
+    eye = torch.eye(moments["mean"].shape[-1], dtype=moments["mean"].dtype, device=moments["mean"].device)
+    return {"covariance": eye.expand_as(moments["covariance"])}

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pyro_blr.averages import FactorAverage
 from pyro_blr.blocks import Block
-from pyro_blr.conjugacy import FactorPlan
-from pyro_blr.graph import FactorGraph, generic_value
+from pyro_blr.graph import FactorGraph
 from pyro_blr.initial import initial_natural
+from pyro_blr.plans import FactorPlan
 from pyro_blr.probe import close, leaf_point, leaf_shape
+from pyro_blr.running import generic_value
 
 __all__ = ["misaligned_factors"]
 

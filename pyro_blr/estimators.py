@@ -1,24 +1,24 @@
-"""∇_μ E_q[f] from draws: Bonnet and Price's theorems for Gaussians, reparameterised gradients along μ → λ → sample for
-other families, and the centred score function where no gradient flows.
+"""∇_μ E_q[f] from draws: Bonnet and Price's theorems for Gaussians, reparameterised gradients along μ → λ →
+sample for other families, and the centred score function where no gradient flows.
 
-Everything here is a function of a log factor f(u) over one block's variable u and of draws from q(u); it knows neither models nor rules.
-Every estimator is exact, whatever the draws, for f that are quadratic (Gaussians) or linear in T (other families).
+Everything here is a function of a log factor f(u) over one block's variable u and of draws from q(u); it
+knows neither models nor rules. Every estimator is exact, whatever the draws, for f that are quadratic
+(Gaussians) or linear in T (other families).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from pyro_blr.batches import BUDGET, Function, batched, gradient_and_products, gradients_at, row
 from pyro_blr.families import ExponentialFamily
 
 __all__ = [
-    "batched",
     "bonnet_price",
     "enumerated",
     "gaussian_leaves",
@@ -28,21 +28,27 @@ __all__ = [
     "standard_normal_draws",
 ]
 
-_HESSIAN_DIM = 200  # up to so many directions Hessians come by automatic differentiation, beyond by Price's theorem in parts
-_BUDGET = 4_000_000  # numbers in one intermediate result of a batched call
+_HESSIAN_DIM = 200  # directions at most for a Hessian; beyond, Price's theorem by parts
 _SOBOL_DIM = 1024
 
-Function = Callable[[Tensor, Any], Tensor]
 
-
-def standard_normal_draws(num_samples: int, dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(num_samples, dim) standard normals, antithetic: scrambled Sobol points in the first dims, pseudo-random ones beyond."""
+def standard_normal_draws(
+    num_samples: int, dim: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(num_samples, dim) standard normals, antithetic: scrambled Sobol points in the first dims,
+    pseudo-random ones beyond.
+    """
     half, sobol = (num_samples + 1) // 2, min(dim, _SOBOL_DIM)
-    uniform = torch.quasirandom.SobolEngine(max(sobol, 1), scramble=True, seed=seed).draw(half, dtype=torch.float64)
+    uniform = torch.quasirandom.SobolEngine(max(sobol, 1), scramble=True, seed=seed).draw(
+        half, dtype=torch.float64
+    )
     normal = torch.special.ndtri(uniform[:, :sobol].clamp(1e-12, 1 - 1e-12))
     if dim > sobol:
         generator = torch.Generator().manual_seed(seed)
-        normal = torch.cat([normal, torch.randn(half, dim - sobol, generator=generator, device="cpu", dtype=torch.float64)], -1)
+        normal = torch.cat(
+            [normal, torch.randn(half, dim - sobol, generator=generator, device="cpu", dtype=torch.float64)],
+            -1,
+        )
     return torch.cat([normal, -normal])[:num_samples].to(dtype=dtype, device=device)
 
 
@@ -62,7 +68,7 @@ def standard_error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(values.shape[0])) if values.shape[0] > 1 else 0.0
 
 
-# -- Gaussians ----------------------------------------------------------------------------------------------------------
+# -- Gaussians -----------------------------------------------------------------------------------------------
 
 
 def bonnet_price(
@@ -76,26 +82,31 @@ def bonnet_price(
 ) -> dict[str, Tensor]:
     """∇_m E f = E ∇f, ∇_V E f = ½ E ∇²f (Bonnet, Price; Khan and Rue 2023, eq. 9) over stacked draws.
 
-    `function(u, other)` is a scalar that sums over the batch of u; `others` is a pytree of draws of other blocks with the same
-    leading dim; `elements` counts the numbers in the largest intermediate result of one call.  Where f has kinks (not `twice`
-    differentiable) its Hessian is not what Price's theorem asks for, and its gradient serves for both.
+    `function(u, other)` is a scalar that sums over the batch of u; `others` is a pytree of draws of other
+    blocks with the same leading dim; `elements` counts the numbers in the largest intermediate result of one
+    call.  Where f has kinks (not `twice` differentiable) its Hessian is not what Price's theorem asks for,
+    and its gradient serves for both.
     """
     event = "covariance" in moments
     if leaves.shape[0] > 1 and (not twice or (event and leaves.shape[-1] > _HESSIAN_DIM)):
         return _stein(function, moments, leaves, others, elements)
     basis, signs = _directions(function, leaves, others, event, seed)
-    whole = basis.shape[0] > (leaves.shape[-1] if event else 1)  # directions for the Hessian of all batch elements together
-    inner = max(1, _BUDGET // max(elements, leaves[0].numel(), 1))
+    whole = basis.shape[0] > (
+        leaves.shape[-1] if event else 1
+    )  # directions for the Hessian of all batch elements together
+    inner = max(1, BUDGET // max(elements, leaves[0].numel(), 1))
 
     def derivatives(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
         other, tangent = other[0], basis * other[1]
         gradient = grad(function)
-        products = vmap(lambda t: jvp(lambda u: gradient(u, other), (leaf,), (t,))[1], chunk_size=inner)(tangent)
+        products = vmap(lambda t: jvp(lambda u: gradient(u, other), (leaf,), (t,))[1], chunk_size=inner)(
+            tangent
+        )
         return gradient(leaf, other), products if whole else _diagonal_blocks(tangent, products, event)
 
     def one_by_one(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
         other, tangent = other[0], basis * other[1]
-        gradient, products = _double_backward(function, leaf, other, tangent)
+        gradient, products = gradient_and_products(function, leaf, other, tangent)
         return gradient, products if whole else _diagonal_blocks(tangent, products, event)
 
     size = max(elements, leaves[0].numel()) * min(basis.shape[0], inner)
@@ -110,22 +121,34 @@ def bonnet_price(
     return {**result, "variance": 0.5 * hessian}
 
 
-def _directions(function: Function, leaves: Tensor, others: Any, event: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """Directions (R, *leaf) and signs (S, *batch) for Hessian-vector products from which each batch element's block is read.
+def _directions(
+    function: Function, leaves: Tensor, others: Any, event: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Directions (R, *leaf) and signs (S, *batch) for Hessian-vector products from which each batch element's
+    block is read.
 
-    Where batch elements do not interact, one set of directions serves all at once.  Where they do, each element has its own; if
-    these are too many, signs that differ from draw to draw make the other elements' part average out.
+    Where batch elements do not interact, one set of directions serves all at once.  Where they do, each
+    element has its own; if these are too many, signs that differ from draw to draw make the other elements'
+    part average out.
     """
     shape, dim = leaves.shape[1:], leaves.shape[-1] if event else 1
     batch = shape[:-1] if event else shape
     tail = (1,) if event else ()
     ones = torch.ones((), dtype=leaves.dtype, device=leaves.device).expand(leaves.shape[0], *batch, *tail)
-    basis = torch.eye(dim, dtype=leaves.dtype, device=leaves.device).reshape(dim, *[1] * len(batch), *([dim] if event else []))
+    basis = torch.eye(dim, dtype=leaves.dtype, device=leaves.device).reshape(
+        dim, *[1] * len(batch), *([dim] if event else [])
+    )
     basis = basis.expand(dim, *shape)
     if batch.numel() == 1:
         return basis, ones
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (leaves.shape[0], *batch, *tail), generator=generator, device="cpu", dtype=torch.int8).to(leaves) * 2 - 1
+    signs = (
+        torch.randint(
+            0, 2, (leaves.shape[0], *batch, *tail), generator=generator, device="cpu", dtype=torch.int8
+        ).to(leaves)
+        * 2
+        - 1
+    )
     if not _elements_interact(function, leaves, others, signs):
         return basis, ones
     if shape.numel() <= _HESSIAN_DIM:
@@ -139,8 +162,10 @@ def _elements_interact(function: Function, leaves: Tensor, others: Any, signs: T
     ones = torch.ones_like(signs[0])
     mixed = signs[0] if bool((signs[0] != signs[0].flatten()[0]).any()) else _one_flipped(ones)
     pair = torch.stack([ones, mixed]).expand(2, *leaves.shape[1:])
-    products = _double_backward(function, leaves[0], _row(others, 0), pair)[1] * pair
-    return not torch.allclose(products[0], products[1], rtol=1e-6, atol=1e-9 * float(products.abs().max().clamp_min(1e-30)))
+    products = gradient_and_products(function, leaves[0], row(others, 0), pair)[1] * pair
+    return not torch.allclose(
+        products[0], products[1], rtol=1e-6, atol=1e-9 * float(products.abs().max().clamp_min(1e-30))
+    )
 
 
 def _one_flipped(ones: Tensor) -> Tensor:
@@ -149,25 +174,10 @@ def _one_flipped(ones: Tensor) -> Tensor:
     return flipped.reshape(ones.shape)
 
 
-def _double_backward(function: Function, leaf: Tensor, other: Any, tangents: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient and stacked Hessian-vector products by plain autograd: for programs that cannot be batched."""
-    leaf = leaf.detach().requires_grad_()
-    with torch.enable_grad():
-        value = function(leaf, other)
-        zero = torch.zeros_like(leaf)
-        if not value.requires_grad:
-            return zero, torch.zeros_like(tangents)
-        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True, allow_unused=True, materialize_grads=True)
-        if not gradient.requires_grad:
-            return gradient.detach(), torch.zeros_like(tangents)
-        products = [
-            torch.autograd.grad(gradient, leaf, t, retain_graph=True, allow_unused=True, materialize_grads=True)[0] for t in tangents
-        ]
-    return gradient.detach(), torch.stack(products).detach() if products else torch.zeros_like(tangents)
-
-
 def _diagonal_blocks(tangents: Tensor, products: Tensor, event: bool) -> Tensor:
-    """Σ_r t_r (H t_r): each batch element's own block of the Hessian, (*batch, d, d) for an event and (*batch) without."""
+    """Σ_r t_r (H t_r): each batch element's own block of the Hessian, (*batch, d, d) for an event and
+    (*batch) without.
+    """
     if event:
         return torch.einsum("r...i,r...j->...ij", tangents, products)
     return (tangents * products).sum(0)
@@ -186,26 +196,23 @@ def _stein(
     return {"mean": gradients.mean(0), "covariance": 0.25 * (outer + outer.mT)}
 
 
-def gradients_at(function: Function, leaves: Tensor, others: Any, elements: int = 0) -> Tensor:
-    """∇f at stacked draws."""
-
-    def one_by_one(leaf: Tensor, other: Any) -> Tensor:
-        return _double_backward(function, leaf, other, leaf[:0].reshape(0, *leaf.shape) if leaf.dim() else leaf.new_zeros(0))[0]
-
-    return batched(grad(function), leaves, others, elements, one_by_one)
-
-
-# -- other families -----------------------------------------------------------------------------------------------------
+# -- other families ------------------------------------------------------------------------------------------
 
 
 def reparameterised(
-    function: Function, family: ExponentialFamily, natural: Tensor, leaves_like: Tensor, others: Any, elements: int = 0
+    function: Function,
+    family: ExponentialFamily,
+    natural: Tensor,
+    leaves_like: Tensor,
+    others: Any,
+    elements: int = 0,
 ) -> Tensor:
-    """∇_μ E f = F(λ)⁻¹ ∇_λ E f, the gradient taken along λ → distribution → (implicitly reparameterised) sample.
+    """∇_μ E f = F(λ)⁻¹ ∇_λ E f, the gradient taken along λ → distribution → (implicitly reparameterised)
+    sample.
 
-    F is estimated from the same draws, column by column as the gradient of E T_k, wherever they are many enough: then ⟨m, T⟩ has the
-    message m, whatever the draws (Salimans and Knowles 2013, section 5).  Draws come from torch's generator, as many as `leaves_like`
-    has: fix its state to draw alike at another λ.
+    F is estimated from the same draws, column by column as the gradient of E T_k, wherever they are many
+    enough: then ⟨m, T⟩ has the message m, whatever the draws (Salimans and Knowles 2013, section 5).  Draws
+    come from torch's generator, as many as `leaves_like` has: fix its state to draw alike at another λ.
     """
     count = leaves_like.shape[0]
     leaf_natural = natural.detach().requires_grad_()
@@ -214,7 +221,9 @@ def reparameterised(
         gradients = gradients_at(function, samples.detach().to(leaves_like.dtype), others, elements)
 
         def along(cotangent: Tensor) -> Tensor:
-            return torch.autograd.grad(samples, leaf_natural, cotangent.detach() / count, retain_graph=True)[0]
+            return torch.autograd.grad(samples, leaf_natural, cotangent.detach() / count, retain_graph=True)[
+                0
+            ]
 
         direction = along(gradients.to(samples.dtype))
         if count < 4 * family.num_parameters:
@@ -222,7 +231,8 @@ def reparameterised(
         points = samples.detach().requires_grad_()
         statistics = family.sufficient_statistics(points)
         columns = [
-            along(torch.autograd.grad(statistics[..., k].sum(), points, retain_graph=True)[0]) for k in range(family.num_parameters)
+            along(torch.autograd.grad(statistics[..., k].sum(), points, retain_graph=True)[0])
+            for k in range(family.num_parameters)
         ]
     return _solved(family, natural, torch.stack(columns, -1), direction)
 
@@ -230,8 +240,8 @@ def reparameterised(
 def score_function(family: ExponentialFamily, natural: Tensor, values: Tensor, statistics: Tensor) -> Tensor:
     """∇_μ E f = F(λ)⁻¹ Cov_q[T(u), f(u)], f centred: no gradient of f is needed.
 
-    `values` (S,) or (S, *batch), `statistics` T(u) (S, *batch, p).  F = Cov T is taken over the same draws where they are many enough,
-    which makes this the linear regression of f on T (Salimans and Knowles 2013).
+    `values` (S,) or (S, *batch), `statistics` T(u) (S, *batch, p).  F = Cov T is taken over the same draws
+    where they are many enough, which makes this the linear regression of f on T (Salimans and Knowles 2013).
     """
     count = values.shape[0]
     centred = values - values.mean(0)
@@ -247,7 +257,9 @@ def score_function(family: ExponentialFamily, natural: Tensor, values: Tensor, s
 def _solved(family: ExponentialFamily, natural: Tensor, fisher: Tensor, gradient: Tensor) -> Tensor:
     """F̂⁻¹ g; with the family's own F where the estimate F̂ is not positive definite."""
     white = torch.linalg.cholesky_ex(0.5 * (fisher + fisher.mT))[1] == 0
-    safe = torch.where(white[..., None, None], fisher, torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device))
+    safe = torch.where(
+        white[..., None, None], fisher, torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device)
+    )
     solved = torch.linalg.solve_ex(safe, gradient.unsqueeze(-1))[0].squeeze(-1)
     usable = (white & solved.isfinite().all(-1)).unsqueeze(-1)
     if bool(usable.all()):
@@ -256,7 +268,9 @@ def _solved(family: ExponentialFamily, natural: Tensor, fisher: Tensor, gradient
 
 
 def enumerated(function: Function, num_states: int, leaves: Tensor, others: Any) -> Tensor:
-    """E[f | state k of element e] for every batch element of a discrete block, (*batch, K), over stacked draws of the rest."""
+    """E[f | state k of element e] for every batch element of a discrete block, (*batch, K), over stacked
+    draws of the rest.
+    """
     batch = leaves.shape[1:]
     table = torch.zeros(batch.numel(), num_states, dtype=torch.float64, device=leaves.device)
     for s in range(leaves.shape[0]):
@@ -264,39 +278,5 @@ def enumerated(function: Function, num_states: int, leaves: Tensor, others: Any)
             for k in range(num_states):
                 leaf = leaves[s].flatten().clone()
                 leaf[e] = k
-                table[e, k] += function(leaf.reshape(batch), _row(others, s)).double() / leaves.shape[0]
+                table[e, k] += function(leaf.reshape(batch), row(others, s)).double() / leaves.shape[0]
     return table.reshape(*batch, num_states)
-
-
-# -- batches of draws ---------------------------------------------------------------------------------------------------
-
-
-def batched(
-    function: Callable[..., Any],
-    leaves: Tensor,
-    others: Any,
-    elements: int = 0,
-    one_by_one: Callable[..., Any] | None = None,
-) -> Any:
-    """`function` over the leading dim of its arguments: one batched call, or a loop where an operation cannot be batched.
-
-    `elements` counts the numbers in the largest intermediate result of one call: as many draws are taken at once as memory allows.
-    `one_by_one` is what the loop calls instead.
-    """
-    count = leaves.shape[0]
-    chunk = max(1, _BUDGET // max(elements, leaves[:1].numel(), 1))
-    try:
-        return vmap(function, randomness="same", chunk_size=chunk if chunk < count else None)(leaves, others)
-    except Exception:  # a program may object to batches in any way; if it objects to single draws too, the loop raises
-        rows = [(one_by_one or function)(leaves[s], _row(others, s)) for s in range(count)]
-        if isinstance(rows[0], Tensor):
-            return torch.stack(rows)
-        return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
-
-
-def _row(tree: Any, index: int) -> Any:
-    if isinstance(tree, dict):
-        return {key: _row(value, index) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(_row(value, index) for value in tree)
-    return tree[index]

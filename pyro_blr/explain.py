@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pyro_blr.blocks import Block
-from pyro_blr.conjugacy import Verdict
+from pyro_blr.plans import Verdict
 
 __all__ = ["Explanation"]
 

@@ -9,16 +9,26 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer import JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.infer.elbo import ELBO
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.explain import Explanation
-from pyro_blr.graph import isolated_random_state
 from pyro_blr.program import Program
+from pyro_blr.running import isolated_random_state
 
 __all__ = ["GuideFit", "OrdinaryGradients", "ParameterUpdate", "check_loss", "check_optim"]
 

@@ -18,20 +18,13 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_blr.blocks import Block, build_blocks
-from pyro_blr.graph import (
-    FactorGraph,
-    Plate,
-    Site,
-    capture,
-    generic_value,
-    isolated_random_state,
-    run_model,
-    unwrap,
-)
+from pyro_blr.capture import capture
+from pyro_blr.graph import FactorGraph, Plate, Site
 from pyro_blr.initial import initial_natural
 from pyro_blr.marginals import bijection_of, marginal, member_values, site_distribution, variable_distribution
 from pyro_blr.posterior import Posterior
 from pyro_blr.quantiles import median, quantile
+from pyro_blr.running import generic_value, isolated_random_state, run_model, unwrap
 
 __all__ = ["AutoExponentialFamily"]
 

@@ -7,7 +7,6 @@ from inspect import signature
 from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent

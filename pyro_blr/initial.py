@@ -26,8 +26,9 @@ from pyro_blr.families import (
     family_of,
     pushforward_family,
 )
-from pyro_blr.graph import Site, unwrap
+from pyro_blr.graph import Site
 from pyro_blr.marginals import bijection_of, event_shape_of, unconstrain
+from pyro_blr.running import unwrap
 
 __all__ = [
     "WIDTH",

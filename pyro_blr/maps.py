@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_blr.blocks import Block
-from pyro_blr.conjugacy import Argument
 from pyro_blr.families import InverseGamma, Wishart
 from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
+from pyro_blr.plans import Argument
 
 __all__ = ["AffineMap", "Columns", "Gather", "Monomial", "compiled"]
 

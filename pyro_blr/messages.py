@@ -12,12 +12,12 @@ from torch import Tensor
 
 from pyro_blr.arguments import Moments
 from pyro_blr.averages import FactorAverage
+from pyro_blr.batches import batched
 from pyro_blr.blocks import Block
-from pyro_blr.conjugacy import FactorPlan
-from pyro_blr.estimators import batched
 from pyro_blr.expressions import Ref
-from pyro_blr.families import Categorical, MultivariateNormal
+from pyro_blr.families import MultivariateNormal
 from pyro_blr.graph import FactorGraph
+from pyro_blr.plans import FactorPlan
 from pyro_blr.replays import Replays
 
 __all__ = ["Messages"]

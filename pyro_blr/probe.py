@@ -28,7 +28,8 @@ from pyro_blr.families import (
     TransformedNormal,
     Wishart,
 )
-from pyro_blr.graph import FactorGraph, generic_value, isolated_random_state
+from pyro_blr.graph import FactorGraph
+from pyro_blr.running import generic_value, isolated_random_state
 
 __all__ = ["Probe", "close", "leaf_point", "leaf_shape"]
 

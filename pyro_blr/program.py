@@ -9,21 +9,17 @@ from typing import Any
 from pyro import poutine
 from torch import Tensor
 
+from pyro_blr.arbiter import replayed_log_probs, unfaithful_factors
 from pyro_blr.blocks import Block, build_blocks
-from pyro_blr.conjugacy import PROVED, FactorPlan, analyse
+from pyro_blr.capture import capture
 from pyro_blr.checks import check_graph
+from pyro_blr.conjugacy import analyse
 from pyro_blr.enumeration import misaligned_factors
-from pyro_blr.graph import (
-    FactorGraph,
-    capture,
-    generic_value,
-    replayed_log_probs,
-    run_model,
-    same_run,
-    unfaithful_factors,
-)
+from pyro_blr.graph import FactorGraph
 from pyro_blr.lowering import lowered
 from pyro_blr.messages import Messages
+from pyro_blr.plans import PROVED, FactorPlan
+from pyro_blr.running import generic_value, run_model, same_run
 
 __all__ = ["Program", "Programs"]
 
@@ -62,6 +58,7 @@ class Program:
     plans: Mapping[str, FactorPlan]
     messages: Messages
     sweeps: Sweeps
+    orders: dict[str, int]  # block -> how many derivatives of its sampled factors are to be believed, once that was seen
 
     @property
     def is_exact(self) -> bool:
@@ -109,6 +106,7 @@ class Programs:
         self._last: Program | None = None
         self._judged: dict[Any, tuple[Mapping[str, FactorPlan], Mapping[str, frozenset[str]]]] = {}
         self._generic: dict[str, Tensor] = {}
+        self._orders: dict[Any, dict[str, int]] = {}
 
     def run(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """The program of the model's run on these arguments; draws subsample indices from torch's generator."""
@@ -135,7 +133,8 @@ class Programs:
             return replayed_log_probs(self.model, args, kwargs, graph, values)
 
         messages = self._messages(key, graph, blocks, args, kwargs, replay)
-        return Program(trace, graph, blocks, messages.plans, messages, Sweeps(_suits_flattening(messages)))
+        orders = self._orders.setdefault(key, {})
+        return Program(trace, graph, blocks, messages.plans, messages, Sweeps(_suits_flattening(messages)), orders)
 
     def _messages(
         self, key: Any, graph: FactorGraph, blocks: Mapping[str, Block], args: tuple, kwargs: Mapping[str, Any], replay: Callable

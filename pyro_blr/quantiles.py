@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_blr.distributions import PushedNormal, Reshaped, States, is_elementwise
-from pyro_blr.graph import isolated_random_state
+from pyro_blr.running import isolated_random_state
 
 __all__ = ["median", "quantile", "regularised_beta"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pyro_blr.arguments import Moments
 from pyro_blr.blocks import Block
-from pyro_blr.conjugacy import FactorPlan
 from pyro_blr.families import Categorical
 from pyro_blr.graph import FactorGraph
+from pyro_blr.plans import FactorPlan
 
 __all__ = ["Replays"]
 

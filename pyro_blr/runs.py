@@ -28,7 +28,16 @@ LEVEL_STEPS = 100  # sweeps at most on every level
 class Run:
     """One ascent from one start, and why it ended."""
 
-    def __init__(self, ascent: Ascent, commit: Callable[[Ascent], None], *, max_steps: int, tol: float, progress: bool, first_step: int = 0):
+    def __init__(
+        self,
+        ascent: Ascent,
+        commit: Callable[[Ascent], None],
+        *,
+        max_steps: int,
+        tol: float,
+        progress: bool,
+        first_step: int = 0,
+    ):
         self.ascent, self.max_steps, self.tol, self.first_step = ascent, max_steps, tol, first_step
         self.commit = commit
         self.history: list[float] = []
@@ -73,7 +82,7 @@ class Run:
         if self.num_steps % 10 == 0:
             self._bar.set_postfix(elbo=f"{bound:.4f}", refresh=False)
 
-    # -- exact ----------------------------------------------------------------------------------------------------------
+    # -- exact -----------------------------------------------------------------------------------------------
 
     def _exact(self) -> None:
         calm, single = 0, self.ascent.bound_kind == "exact evidence"
@@ -89,7 +98,9 @@ class Run:
                 self._refuse_fall(before, bound)
             calm = calm + 1 if remaining_gain(self.history) < self.tol else 0
             if calm >= CALM_SWEEPS:
-                self._stop(f"the bound's remaining gain stayed below tol={self.tol:g} nats for {CALM_SWEEPS} sweeps")
+                self._stop(
+                    f"the bound's remaining gain stayed below tol={self.tol:g} nats for {CALM_SWEEPS} sweeps"
+                )
                 return
 
     def _refuse_fall(self, before: float, bound: float) -> None:
@@ -97,17 +108,20 @@ class Run:
         slack = (1e-4 if coarse else 1e-8) * max(1.0, abs(before))
         if bound < before - slack:
             raise RuntimeError(
-                f"the exact bound fell from {before!r} to {bound!r} in sweep {self.num_steps}: an update that is called exact is not. "
+                f"the exact bound fell from {before!r} to {bound!r} in sweep {self.num_steps}: "
+                "an update that is called exact is not. "
                 "Please report the model; engine.explain says which updates these are"
             )
 
     def _stop(self, reason: str) -> None:
         self.converged, self.stop_reason = True, reason
 
-    # -- sampled --------------------------------------------------------------------------------------------------------
+    # -- sampled ---------------------------------------------------------------------------------------------
 
     def _sampled(self) -> None:
-        """Newton-like steps on draws that stay fixed, four times as many draws at every level, until these no longer matter."""
+        """Newton-like steps on draws that stay fixed, four times as many draws at every level, until these no
+        longer matter.
+        """
         seed, tol = fresh_seed(), max(self.tol, 1e-6)
         if self.first_step == 0:
             newton_start(self.ascent)
@@ -119,35 +133,47 @@ class Run:
             if self.num_steps >= self.max_steps:
                 break
             if climbed.converged and climbed.first < tol and level > 0:
-                self._stop(f"the optima on {levels[level - 1]} and on {size} fixed draws agree to tol={tol:g} nats")
+                self._stop(
+                    f"the optima on {levels[level - 1]} and on {size} fixed draws agree to tol={tol:g} nats"
+                )
                 break
         else:
             assert climbed is not None
             if climbed.converged:
-                self._stop(f"the remaining distance on {size} fixed draws is below tol={tol:g} nats; fewer draws differ by {climbed.first:.2g}")
+                self._stop(
+                    f"the remaining distance on {size} fixed draws is below tol={tol:g} nats; "
+                    f"fewer draws differ by {climbed.first:.2g}"
+                )
             else:
-                self.stop_reason = f"the steps on {size} fixed draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
+                self.stop_reason = (
+                    f"the steps on {size} draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
+                )
         if self.num_steps < self.max_steps:
             self.ascent.refuse_improper(seed, levels[-1], self.converged)
         self.ascent.measure(Draws(fresh_seed(), levels[-1]))
 
     def _affordable(self) -> tuple[int, ...]:
-        """The levels whose sweep costs at most `WORK` numbers: large data determine their posterior from few draws."""
+        """The levels whose sweep costs at most `WORK` numbers: large data determine their posterior from few
+        draws.
+        """
         messages = self.program.messages
         factors = [name for name, plan in self.program.plans.items() if not plan.exact]
         drawn = {name for factor in factors for name in self.program.plans[factor].sampled}
-        directions = max((self.ascent.beliefs.naturals[name].shape[-1] for name in drawn), default=1)
-        cost = messages.elements(factors) * min(directions, 200)
+        cost = messages.elements(factors) * max(
+            (self.program.blocks[name].num_directions for name in drawn), default=1
+        )
         return tuple(size for size in LEVELS if size == LEVELS[0] or size * cost <= WORK)
 
     def _tock(self, bound: float) -> bool:
         self._tick(bound)
         return self.num_steps < self.max_steps
 
-    # -- minibatches and parameters -------------------------------------------------------------------------------------
+    # -- minibatches and parameters --------------------------------------------------------------------------
 
     def _stochastic(self, again: Callable[[], Ascent], parameters: ParameterUpdate) -> None:
-        """Steps on fresh runs of the model, until the running mean of the bound has stopped rising beyond its noise."""
+        """Steps on fresh runs of the model, until the running mean of the bound has stopped rising beyond its
+        noise.
+        """
         window = 50
         for number in range(self.max_steps):
             take_step(self.ascent, self.first_step + number)
@@ -156,9 +182,16 @@ class Run:
             self._tick(self.ascent.bound_before())
             if number + 1 < self.max_steps:
                 self.ascent = again()
-            if self.num_steps >= 4 * window and self.num_steps % 10 == 0 and has_levelled(self.history, window, self.tol):
-                self._stop(f"the running mean of the bound over {window} steps no longer rises beyond its noise")
+            if (
+                self.num_steps >= 4 * window
+                and self.num_steps % 10 == 0
+                and has_levelled(self.history, window, self.tol)
+            ):
+                self._stop(
+                    f"the running mean of the bound over {window} steps no longer rises beyond its noise"
+                )
                 return
+
 
 def remaining_gain(history: list[float]) -> float:
     """Aitken's extrapolation of how much a linearly converging bound can still gain."""
@@ -174,7 +207,9 @@ def remaining_gain(history: list[float]) -> float:
 
 
 def has_levelled(history: list[float], window: int, tol: float) -> bool:
-    """Whether the mean of the last `window` values exceeds that of the window before by less than noise or tol."""
+    """Whether the mean of the last `window` values exceeds that of the window before by less than noise or
+    tol.
+    """
     recent = torch.tensor(history[-window:], dtype=torch.float64)
     earlier = torch.tensor(history[-2 * window : -window], dtype=torch.float64)
     noise = float(((recent.var() + earlier.var()) / window).sqrt())

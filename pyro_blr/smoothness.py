@@ -1,4 +1,6 @@
-"""How far autograd's derivatives of a function are its own: a latent may leave torch, be rounded, be compared, or pass a kink."""
+"""How far autograd's derivatives of a function are its own: a latent may leave torch, be rounded, be
+compared, or pass a kink.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from pyro_blr.estimators import batched
+from pyro_blr.batches import batched
 
 __all__ = ["smoothness"]
 
@@ -19,11 +21,14 @@ _BISECTIONS = 24  # of a line whose sum is doubted: what is smooth is resolved b
 _TOLERANCE = 1e-2
 
 
-def smoothness(function: Callable[[Tensor, Any], Tensor], leaves: Tensor, others: Any, elements: int = 0) -> int:
-    """2 where ∇f integrates to the differences of f and ∇²f to those of ∇f, on lines between stacked draws; 1 where only ∇f
-    does; 0 where neither does.  `elements` is as in `batched`.
+def smoothness(
+    function: Callable[[Tensor, Any], Tensor], leaves: Tensor, others: Any, elements: int = 0
+) -> int:
+    """2 where ∇f integrates to the differences of f and ∇²f to those of ∇f, on lines between stacked draws; 1
+    where only ∇f does; 0 where neither does.  `elements` is as in `batched`.
 
-    A jump is no derivative's integral: `z.round()` has none, `z.item()` a zero one, relu(z) a kink that its second derivative misses.
+    A jump is no derivative's integral: `z.round()` has none, `z.item()` a zero one, relu(z) a kink that its
+    second derivative misses.
     """
     half = leaves.shape[0] // 2
     start, end = leaves[:half].detach(), leaves[half : 2 * half].detach()
@@ -31,19 +36,29 @@ def smoothness(function: Callable[[Tensor, Any], Tensor], leaves: Tensor, others
     for level in (1, 2):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # `float(z)` of what requires a gradient: that is what we want to know
+                warnings.simplefilter(
+                    "ignore"
+                )  # `float(z)` of what requires a gradient: that is what we want to know
                 if not _integrates(function, start, end - start, _half(others, half), level, elements):
                     return order
-        except (RuntimeError, NotImplementedError, TypeError, ValueError):  # `.numpy()` of what requires a gradient
+        except (
+            RuntimeError,
+            NotImplementedError,
+            TypeError,
+            ValueError,
+        ):  # `.numpy()` of what requires a gradient
             return order
         order = level
     return order
 
 
-def _integrates(function: Callable, start: Tensor, apart: Tensor, others: Any, level: int, elements: int) -> bool:
+def _integrates(
+    function: Callable, start: Tensor, apart: Tensor, others: Any, level: int, elements: int
+) -> bool:
     """Whether φ⁽ᵏ⁾ is the integral of φ⁽ᵏ⁺¹⁾, φ(t) = f(start + t apart), along every line.
 
-    Where it is not, the worse half of the line is looked at again: on a piece that is short enough a smooth φ is resolved.
+    Where it is not, the worse half of the line is looked at again: on a piece that is short enough a smooth φ
+    is resolved.
     """
 
     def derivatives(t: Tensor, place: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +82,9 @@ def _integrates(function: Callable, start: Tensor, apart: Tensor, others: Any, l
         times = on_line.repeat(start.shape[0])
         rows = torch.arange(start.shape[0]).repeat_interleave(on_line.numel())
         places = (start[rows], apart[rows], _rows(others, rows))
-        values, slopes = (x.reshape(-1, on_line.numel()) for x in batched(derivatives, times, places, elements, one_by_one))
+        values, slopes = (
+            x.reshape(-1, on_line.numel()) for x in batched(derivatives, times, places, elements, one_by_one)
+        )
         change = values[:, 1] - values[:, 0]
         travelled = slopes[:, 2:].abs().mean(1) + change.abs()
         excess = (slopes[:, 2:].mean(1) - change).abs() - _TOLERANCE * travelled - 1e-7 * values.abs().amax(1)
@@ -76,7 +93,9 @@ def _integrates(function: Callable, start: Tensor, apart: Tensor, others: Any, l
             return True
         if not bool(slopes[wrong].any()):
             return False
-        doubted = (excess / travelled.clamp_min(1e-300)).nan_to_num(-1.0).topk(min(2, int(wrong.sum()))).indices
+        doubted = (
+            (excess / travelled.clamp_min(1e-300)).nan_to_num(-1.0).topk(min(2, int(wrong.sum()))).indices
+        )
         start, apart, others = start[doubted], 0.5 * apart[doubted], _rows(others, doubted)
         start, apart = torch.cat([start, start + apart]), torch.cat([apart, apart])
         others = {key: torch.cat([value, value]) for key, value in others.items()}
@@ -86,7 +105,9 @@ def _integrates(function: Callable, start: Tensor, apart: Tensor, others: Any, l
 def _slope(value: Tensor, t: Tensor, create_graph: bool) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(t)
-    return torch.autograd.grad(value, t, create_graph=create_graph, allow_unused=True, materialize_grads=True)[0]
+    return torch.autograd.grad(
+        value, t, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )[0]
 
 
 def _half(tree: Any, count: int) -> Any:

@@ -21,8 +21,9 @@ from pyro_blr.families import (
     TransformedNormal,
     Wishart,
 )
-from pyro_blr.graph import FactorGraph, Site, unwrap
+from pyro_blr.graph import FactorGraph, Site
 from pyro_blr.initial import WIDTH, diagonal_natural, joint_natural, moments_at, natural_of, to_full
+from pyro_blr.running import unwrap
 
 __all__ = ["apply_init", "point_natural"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_blr.maps import AffineMap, Monomial
 from pyro_blr.likelihoods import Linear, Positive
+from pyro_blr.maps import AffineMap, Monomial
 
 __all__ = ["QuadraticSummary", "summarise"]
 

@@ -8,27 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_blr.batches import batched
 from pyro_blr.beliefs import Beliefs
-from pyro_blr.blocks import Block, is_gaussian
-from pyro_blr.draws import Draws
-from pyro_blr.estimators import batched, bonnet_price, enumerated, reparameterised, score_function
-from pyro_blr.families import LogNormal
-from pyro_blr.graph import isolated_random_state
+from pyro_blr.blocks import is_gaussian
+from pyro_blr.draws import Draws, unit_width
+from pyro_blr.estimators import bonnet_price, enumerated, reparameterised, score_function
 from pyro_blr.messages import Messages
+from pyro_blr.running import isolated_random_state
 from pyro_blr.smoothness import smoothness
+from pyro_blr.together import gaussian_natural, moved_together
 
 __all__ = ["Targets"]
 
-_REPLAYED_STATES = 64  # runs of the model that enumerating a discrete block may take for one draw of the others
+_REPLAYED_STATES = (
+    64  # runs of the model that enumerating a discrete block may take for one draw of the others
+)
 _REPLAYED_RUNS = 512  # and for all draws together
 
 
 class Targets:
     """Messages to each block, exact where they are, from draws where not, added."""
 
-    def __init__(self, messages: Messages):
+    def __init__(self, messages: Messages, orders: dict[str, int] | None = None):
         self.messages, self.blocks = messages, messages.blocks
-        self._orders: dict[str, int] = {}
+        self._orders = {} if orders is None else orders
         self._controls: dict[str, dict[str, Tensor]] = {}
         self._hessians: dict[str, Tensor] = {}  # of factorised Gaussian blocks whose elements interact
         self._every = tuple(dict.fromkeys(b for plan in messages.plans.values() for b in plan.sampled))
@@ -54,8 +57,9 @@ class Targets:
     def coupled(self, name: str, beliefs: Beliefs) -> Tensor:
         """The joint optimum of a factorised Gaussian block whose elements meet in a factor.
 
-        E_q log f is a quadratic −½ mᵀ Λ m + hᵀ m in all means together, so the best product of Gaussians has m = Λ⁻¹ h, and as
-        precision of each element its own diagonal block of Λ; moving elements by themselves at once could diverge.
+        E_q log f is a quadratic −½ mᵀ Λ m + hᵀ m in all means together, so the best product of Gaussians has
+        m = Λ⁻¹ h, and as precision of each element its own diagonal block of Λ; moving elements by themselves
+        at once could diverge.
         """
         target = self.exact(name, beliefs)
         family = self.blocks[name].family
@@ -66,22 +70,27 @@ class Targets:
         def gradient(m: Tensor) -> Tensor:
             leaf = m.detach().requires_grad_()
             with torch.enable_grad():
-                total = self.messages.expected_log_prob(factors, {**beliefs.moments, name: {**moments, "mean": leaf}})
+                total = self.messages.expected_log_prob(
+                    factors, {**beliefs.moments, name: {**moments, "mean": leaf}}
+                )
                 return torch.autograd.grad(total, leaf)[0].double()
 
         base = gradient(torch.zeros_like(mean))
-        columns = [gradient(e.reshape(mean.shape)) - base for e in torch.eye(mean.numel(), dtype=mean.dtype, device=mean.device)]
+        columns = [
+            gradient(e.reshape(mean.shape)) - base
+            for e in torch.eye(mean.numel(), dtype=mean.dtype, device=mean.device)
+        ]
         precision = -torch.stack([column.flatten() for column in columns])
         optimum = torch.linalg.solve(0.5 * (precision + precision.mT), base.flatten()).reshape(mean.shape)
         wanted = family.moments(target)
-        return _gaussian_natural(family, optimum.to(target.dtype), wanted, target)
+        return gaussian_natural(family, optimum.to(target.dtype), wanted, target)
 
     def with_mean(self, name: str, beliefs: Beliefs, mean: Tensor) -> Tensor:
         """λ of a Gaussian block moved to another mean, its covariance kept."""
         family, natural = self.blocks[name].family, beliefs.naturals[name]
-        return _gaussian_natural(family, mean.to(natural), family.moments(natural), natural)
+        return gaussian_natural(family, mean.to(natural), family.moments(natural), natural)
 
-    # -- sampled --------------------------------------------------------------------------------------------------------
+    # -- sampled ---------------------------------------------------------------------------------------------
 
     def sampled(self, name: str, beliefs: Beliefs, draws: Draws) -> Tensor:
         """The target with the messages of the block's other factors estimated from draws."""
@@ -90,28 +99,10 @@ class Targets:
         self._hessians.pop(name, None)
         message = message + self.sampled_message(name, beliefs, draws).to(natural.dtype)
         target = self._share(name, natural, message)
-        return self._jointly(name, beliefs, target) if name in self._hessians else target
-
-    def _jointly(self, name: str, beliefs: Beliefs, target: Tensor) -> Tensor:
-        """The target with all means moved together, by Newton's step m − H⁻¹ ∇, where elements of a factorised block interact.
-
-        Each element by itself would move as if the others stayed, and together they would overshoot.
-        """
-        family, mean = self.blocks[name].family, beliefs.wide[name]["mean"]
-        if not bool(family.contains(target).all()):
+        if name not in self._hessians:
             return target
-        wanted = family.moments(target)
-        precisions = torch.linalg.inv(wanted["covariance"]) if "covariance" in wanted else wanted["variance"].reciprocal()
-        precisions = precisions.reshape(-1, *precisions.shape[-2:] if "covariance" in wanted else (1, 1))
-        apart = torch.block_diag(*precisions)
-        gradient = apart @ (wanted["mean"] - mean).flatten().to(apart)
-        own = torch.block_diag(*torch.ones_like(precisions)) > 0
-        precision = torch.where(own, apart, -self._hessians[name].to(apart) / self.blocks[name].scale)
-        factor, failed = torch.linalg.cholesky_ex(precision)
-        if int(failed):
-            return target
-        step = torch.cholesky_solve(gradient.unsqueeze(-1), factor).reshape(mean.shape)
-        return _gaussian_natural(family, (mean + step).to(target.dtype), wanted, target)
+        hessian = self._hessians[name] / self.blocks[name].scale
+        return moved_together(self.blocks[name].family, beliefs.wide[name]["mean"], target, hessian)
 
     def sampled_message(self, name: str, beliefs: Beliefs, draws: Draws) -> Tensor:
         """Σ_f s_f ∇_μ E_q[log f] over the block's factors that need draws, of this block or of others."""
@@ -131,16 +122,23 @@ class Targets:
         drawn = list(dict.fromkeys(b for f in factors for b in self.messages.plans[f].sampled))
         leaves = draws.leaves(self.blocks, drawn, beliefs, self._every)
         count = max((leaf.shape[0] for leaf in leaves.values()), default=1)
-        return {b: leaf if leaf.shape[0] == count else leaf[:1].expand(count, *leaf.shape[1:]) for b, leaf in leaves.items()}
+        return {
+            b: leaf if leaf.shape[0] == count else leaf[:1].expand(count, *leaf.shape[1:])
+            for b, leaf in leaves.items()
+        }
 
-    def _given_draws(self, name: str, beliefs: Beliefs, factors: list[str], leaves: Mapping[str, Tensor]) -> Tensor:
+    def _given_draws(
+        self, name: str, beliefs: Beliefs, factors: list[str], leaves: Mapping[str, Tensor]
+    ) -> Tensor:
         """Closed form in this block for each draw of the others; the average over the draws."""
         moments = {key: value.detach().requires_grad_() for key, value in beliefs.moments[name].items()}
         with torch.enable_grad():
             total = self.messages.average_over(factors, {**beliefs.moments, name: moments}, leaves).mean()
             gradients = torch.autograd.grad(total, list(moments.values()), allow_unused=True)
         found = {key: g for key, g in zip(moments, gradients, strict=True) if g is not None}
-        return self.blocks[name].family.message(beliefs.naturals[name], {k: g.double() for k, g in found.items()})
+        return self.blocks[name].family.message(
+            beliefs.naturals[name], {k: g.double() for k, g in found.items()}
+        )
 
     def _through_draws(
         self, name: str, beliefs: Beliefs, factors: list[str], leaves: Mapping[str, Tensor], draws: Draws
@@ -163,9 +161,16 @@ class Targets:
         if order == 0:
             with torch.no_grad():
                 values = batched(function, mine, others, elements)
-            return score_function(block.family, natural, values.detach().to(natural.dtype), block.statistics(mine).to(natural.dtype))
+            return score_function(
+                block.family,
+                natural,
+                values.detach().to(natural.dtype),
+                block.statistics(mine).to(natural.dtype),
+            )
         if is_gaussian(block.family):
-            gradients = bonnet_price(function, beliefs.moments[name], mine, others, draws.seed, elements, twice=order == 2)
+            gradients = bonnet_price(
+                function, beliefs.moments[name], mine, others, draws.seed, elements, twice=order == 2
+            )
             self._controls[name] = gradients
             if "hessian" in gradients:
                 self._hessians[name] = gradients["hessian"]
@@ -175,8 +180,12 @@ class Targets:
         self._controls[name] = {"statistics": message}
         return message
 
-    def _discrete_message(self, name: str, natural: Tensor, function: Callable, mine: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-        """A discrete block that only runs of the model can evaluate: every state of every element where that is cheap."""
+    def _discrete_message(
+        self, name: str, natural: Tensor, function: Callable, mine: Tensor, others: Mapping[str, Tensor]
+    ) -> Tensor:
+        """A discrete block that only runs of the model can evaluate: every state of every element where that
+        is cheap.
+        """
         block = self.blocks[name]
         runs = mine[0].numel() * block.num_states
         if runs <= _REPLAYED_STATES and not block.family.event_shape:
@@ -189,13 +198,17 @@ class Targets:
         statistics = block.family.sufficient_statistics(mine).to(natural.dtype)
         return score_function(block.family, natural, values.detach().to(natural.dtype), statistics)
 
-    def _smoothness(self, name: str, function: Callable, beliefs: Beliefs, factors: Sequence[str], elements: int) -> int:
-        """How many derivatives of the block's sampled factors are to be believed, seen once between draws of a wide q."""
+    def _smoothness(
+        self, name: str, function: Callable, beliefs: Beliefs, factors: Sequence[str], elements: int
+    ) -> int:
+        """How many derivatives of the block's sampled factors are to be believed, seen once between draws of
+        a wide q.
+        """
         if name not in self._orders:
             wide = beliefs.copy()
             for point in beliefs.points:
                 if is_gaussian(self.blocks[point].family):  # a value to start from has no width
-                    wide.set_moments(point, {**beliefs.wide[point], **_unit_width(beliefs.wide[point])})
+                    wide.set_moments(point, {**beliefs.wide[point], **unit_width(beliefs.wide[point])})
             leaves = self._leaves(factors, wide, Draws(7, 16))
             others = {b: leaf for b, leaf in leaves.items() if b != name}
             self._orders[name] = smoothness(function, leaves[name], others, elements)
@@ -204,9 +217,11 @@ class Targets:
     def sampled_bound(
         self, beliefs: Beliefs, draws: Draws, factors: Sequence[str] | None = None, controlled: bool = False
     ) -> Tensor:
-        """Estimates of Σ_f s_f log f over the sampled factors, log-Jacobians included, one for each draw; shape (S,).
+        """Estimates of Σ_f s_f log f over the sampled factors, log-Jacobians included, one for each draw;
+        shape (S,).
 
-        `controlled` subtracts the blocks' last messages, ⟨m, T(u) − μ⟩, which average to zero: what is left is almost constant.
+        `controlled` subtracts the blocks' last messages, ⟨m, T(u) − μ⟩, which average to zero: what is left
+        is almost constant.
         """
         messages = self.messages
         if factors is None:
@@ -216,14 +231,18 @@ class Targets:
         for name, leaf in leaves.items():
             block = self.blocks[name]
             if block.log_jacobian(leaf[0]) is not None:
-                jacobian = batched(lambda u, _, block=block: block.log_jacobian(u).sum(dtype=torch.float64), leaf, {})
+                jacobian = batched(
+                    lambda u, _, block=block: block.log_jacobian(u).sum(dtype=torch.float64), leaf, {}
+                )
                 values = values + block.scale * jacobian
             if controlled and name in self._controls:
                 values = values - self._control(name, beliefs, leaf)
         return values
 
     def _control(self, name: str, beliefs: Beliefs, leaf: Tensor) -> Tensor:
-        """⟨m, T(u) − μ⟩ for stacked draws, (S,); a Gaussian's in differences from its mean, ∇_m·δ + δᵀ ∇_V δ − tr(∇_V V)."""
+        """⟨m, T(u) − μ⟩ for stacked draws, (S,); a Gaussian's in differences from its mean, ∇_m·δ + δᵀ ∇_V δ
+        − tr(∇_V V).
+        """
         control, moments = self._controls[name], beliefs.moments[name]
         if "statistics" in control:
             family, natural = self.blocks[name].family, beliefs.naturals[name]
@@ -232,36 +251,27 @@ class Targets:
         apart = leaf - moments["mean"]
         key = "covariance" if "covariance" in control else "variance"
         gradient = control[key]
-        bent = torch.einsum("...ij,s...j->s...i", gradient, apart) if key == "covariance" else apart * gradient
+        bent = (
+            torch.einsum("...ij,s...j->s...i", gradient, apart) if key == "covariance" else apart * gradient
+        )
         value = apart * (control["mean"] + bent)
-        return value.reshape(leaf.shape[0], -1).sum(-1, dtype=torch.float64) - (gradient * moments[key]).sum(dtype=torch.float64)
+        return value.reshape(leaf.shape[0], -1).sum(-1, dtype=torch.float64) - (gradient * moments[key]).sum(
+            dtype=torch.float64
+        )
 
     def at_mean(self, name: str, beliefs: Beliefs) -> float:
-        """Σ_f s_f E[log f | u = its mean] over a Gaussian block's factors, E over the other blocks: what Newton's method climbs."""
+        """Σ_f s_f E[log f | u = its mean] over a Gaussian block's factors, E over the other blocks: what
+        Newton's method climbs.
+        """
         narrow = beliefs.copy()
-        narrow.set_moments(name, {key: v if key == "mean" else torch.zeros_like(v) for key, v in beliefs.wide[name].items()})
+        narrow.set_moments(
+            name, {key: v if key == "mean" else torch.zeros_like(v) for key, v in beliefs.wide[name].items()}
+        )
         exact = [f for f in self.messages.factors_of[name] if self.messages.plans[f].exact]
         total = self.messages.expected_log_prob(exact, narrow.wide)
-        return float(total + self.sampled_bound(narrow, Draws(0, 0), self.messages.sampled_factors(name)).mean())
-
-
-def _gaussian_natural(family: Any, mean: Tensor, moments: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """λ with a given mean and the covariance of `moments`; `like` has that covariance's second part."""
-    if "covariance" in moments:
-        precision = torch.linalg.inv(moments["covariance"])
-        first = (precision @ mean.unsqueeze(-1)).squeeze(-1)
-    else:
-        first = (mean / moments["variance"]).unsqueeze(-1)
-    if isinstance(family, LogNormal):
-        first = first - 1  # the Jacobian of log x
-    return torch.cat([first, like[..., first.shape[-1] :]], -1)
-
-
-def _unit_width(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if "variance" in moments:
-        return {"variance": torch.ones_like(moments["variance"])}
-    eye = torch.eye(moments["mean"].shape[-1], dtype=moments["mean"].dtype, device=moments["mean"].device)
-    return {"covariance": eye.expand_as(moments["covariance"])}
+        return float(
+            total + self.sampled_bound(narrow, Draws(0, 0), self.messages.sampled_factors(name)).mean()
+        )
 
 
 def _at(tree: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

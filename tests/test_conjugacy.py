@@ -21,7 +21,7 @@ from soundness import Report, check_messages, understood
 from torch import Tensor
 from torch.nn import functional
 
-from pyro_blr import conjugacy
+from pyro_blr import conjugacy, forms
 from pyro_blr.program import Program, Programs
 
 N = 4
@@ -258,7 +258,7 @@ def test_numbers_alone_never_say_more(name: str, monkeypatch: pytest.MonkeyPatch
 def test_structure_alone_is_not_enough(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where numbers contradict, no continuous site of a factor is called exact."""
     model, _ = TABLE[name]
-    monkeypatch.setattr(conjugacy, "_numerical", lambda *_: (None, 1))
+    monkeypatch.setattr(forms, "numerical_form", lambda *_: (None, 1))
     found = understood(model)
     for plan in found.plans.values():
         assert not plan.analytic

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from pyro_blr.blocks import Block, build_blocks
-from pyro_blr.conjugacy import Verdict
+from pyro_blr.capture import capture
 from pyro_blr.explain import Explanation
-from pyro_blr.graph import capture, generic_value, run_model
+from pyro_blr.plans import Verdict
 from pyro_blr.remedies import TABLE, remedy_for
+from pyro_blr.running import generic_value, run_model
 
 PROVED = "exact (proved)"
 REMEDY = remedy_for("Normal", "precision", "HalfCauchy", "")

@@ -16,9 +16,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_blr.blocks import build_blocks
+from pyro_blr.capture import capture
 from pyro_blr.export import to_arviz
-from pyro_blr.graph import capture, generic_value, run_model
 from pyro_blr.posterior import Posterior
+from pyro_blr.running import generic_value, run_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of ArviZ itself, on import

@@ -18,10 +18,11 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_blr.capture import capture
 from pyro_blr.families import TransformedNormal
-from pyro_blr.graph import capture, generic_value, run_model
 from pyro_blr.guides import AutoExponentialFamily
 from pyro_blr.initial import diagonal_natural, initial_natural, moments_at, natural_of
+from pyro_blr.running import generic_value, run_model
 from pyro_blr.starts import apply_init, point_natural
 
 every_pair = pytest.mark.parametrize("pair", [make for make in PAIRS.values()], ids=list(PAIRS))

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from programs import Written, programs, written
 from soundness import check
 
-from pyro_blr import averages, conjugacy, families, likelihoods, messages
+from pyro_blr import averages, conjugacy, families, forms, likelihoods, messages
 from pyro_blr.averages import FactorAverage
 from pyro_blr.families import _gaussian
 from pyro_blr.likelihoods import Linear, Positive, Probability, Vector
@@ -174,26 +174,26 @@ def _uncomplemented(original: Callable) -> Callable:
 
 def _credulous(patch: pytest.MonkeyPatch) -> None:
     """Judges to whom everything is affine."""
-    numerical = conjugacy._numerical
+    numerical = forms.numerical_form
 
     def believes(probe: Any, argument: Any, block: Any) -> Any:
-        if argument.role is Linear and conjugacy.is_gaussian(block.family):
-            return conjugacy.Form.AFFINE, 1
+        if argument.role is Linear and forms.is_gaussian(block.family):
+            return forms.Form.AFFINE, 1
         return numerical(probe, argument, block)
 
-    patch.setattr(conjugacy, "_numerical", believes)
+    patch.setattr(forms, "numerical_form", believes)
 
 
 def _power_blind(patch: pytest.MonkeyPatch) -> None:
     """A precision that is any function of its site."""
-    numerical = conjugacy._numerical
+    numerical = forms.numerical_form
 
     def believes(probe: Any, argument: Any, block: Any) -> Any:
         if argument.role is Positive and isinstance(block.family, families.Gamma):
-            return conjugacy.Form.MONOMIAL, 1
+            return forms.Form.MONOMIAL, 1
         return numerical(probe, argument, block)
 
-    patch.setattr(conjugacy, "_numerical", believes)
+    patch.setattr(forms, "numerical_form", believes)
 
 
 def _each_place_by_itself(patch: pytest.MonkeyPatch) -> None:
@@ -266,8 +266,8 @@ BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "a wrong power of the scale": (_wrong_power, ""),
     "no 2 on off-diagonals": (_wrap(_gaussian, "pack_dual", _no_twos), ""),
     "log-odds against the wrong state": (_wrap(families.Categorical, "message", _first_state), ""),
-    "the variance of a product dropped": (_wrap(conjugacy, "_products", _no_products), "product"),
-    "elements of a sum taken for independent outputs": (_wrap(conjugacy, "_mixed_dims", _no_products), "sum"),
+    "the variance of a product dropped": (_wrap(conjugacy, "products_of", _no_products), "product"),
+    "elements of a sum taken for independent outputs": (_wrap(conjugacy, "mixed_dims", _no_products), "sum"),
     "a site's own prior forgotten": (_wrap(messages.Messages, "exact_message", _own_prior_forgotten), ""),
     "everything judged affine": (_credulous, "trap"),
     "every precision judged proportional": (_power_blind, "trap"),

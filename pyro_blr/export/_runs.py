@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_blr.graph import generic_value, isolated_random_state, run_model
+from pyro_blr.running import generic_value, isolated_random_state, run_model
 
 from ._statements import Statement, log_density
 

@@ -11,7 +11,8 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 
-from pyro_blr.graph import Plate, unwrap
+from pyro_blr.graph import Plate
+from pyro_blr.running import unwrap
 
 __all__ = ["Statement", "log_density"]
 

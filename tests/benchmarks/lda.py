@@ -1,0 +1,106 @@
+"""Latent Dirichlet allocation: seconds until scikit-learn's final bound is reached from its own start.
+
+    python tests/benchmarks/lda.py
+    python tests/benchmarks/lda.py --documents 500 --words 500
+
+A seeded corpus of counts.  The model has one statement for every different word of a document, weighted by its count.  As the model writes
+it, `Categorical(phi[z])` makes a row of all words for every pair when it is run, so that running the model takes pairs × words numbers;
+the sweeps do not.  Both are reported: `run` from call to bound, and its sweeps alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from scipy.special import digamma, gammaln, logsumexp
+from side_by_side import duration, heading, stamped
+from sklearn.decomposition import LatentDirichletAllocation
+
+from pyro_blr import BLRInference
+from pyro_blr.ascent import Ascent
+
+PRIOR = 0.1  # concentration of both Dirichlets
+
+
+def corpus(documents: int, words: int, topics: int) -> np.ndarray:
+    """Counts (documents, words) of some hundred words a document."""
+    generator = np.random.default_rng(0)
+    phi = generator.dirichlet(0.05 * np.ones(words), topics)
+    theta = generator.dirichlet(0.2 * np.ones(topics), documents)
+    return np.stack([generator.multinomial(generator.poisson(100), row @ phi) for row in theta])
+
+
+def model(document: torch.Tensor, word: torch.Tensor, count: torch.Tensor, sizes: tuple[int, int, int]) -> None:
+    documents, words, topics = sizes
+    with pyro.plate("topics", topics):
+        phi = pyro.sample("phi", dist.Dirichlet(torch.full((words,), PRIOR)))
+    with pyro.plate("documents", documents):
+        theta = pyro.sample("theta", dist.Dirichlet(torch.full((topics,), PRIOR)))
+    with pyro.plate("pairs", len(document)), poutine.scale(scale=count):
+        z = pyro.sample("z", dist.Categorical(theta[document]), infer={"blr": {"copies": count}})
+        pyro.sample("word", dist.Categorical(phi[z]), obs=word)
+
+
+def bound(counts: np.ndarray, theta: np.ndarray, phi: np.ndarray) -> float:
+    """The ELBO at two Dirichlets, topics of the words at their optimum: Σ c log Σ_k exp(E log theta + E log phi) − KL − KL."""
+    document, word = counts.nonzero()
+    log_theta, log_phi = (digamma(a) - digamma(a.sum(-1, keepdims=True)) for a in (theta, phi))
+    total = counts[document, word] @ logsumexp(log_theta[document] + log_phi.T[word], axis=-1)
+    for a, log in ((theta, log_theta), (phi, log_phi)):
+        size = a.shape[-1]
+        normaliser = (gammaln(a).sum(-1) - gammaln(a.sum(-1))) - (size * gammaln(PRIOR) - gammaln(size * PRIOR))
+        total += (normaliser - ((a - PRIOR) * log).sum(-1)).sum()
+    return float(total)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=2000)
+    parser.add_argument("--words", type=int, default=2000)
+    parser.add_argument("--topics", type=int, default=10)
+    parser.add_argument("--iterations", type=int, default=10, help="of scikit-learn; 10 is its default")
+    parser.add_argument("--sweeps", type=int, default=300, help="at most")
+    options = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    sizes = (options.documents, options.words, options.topics)
+    counts = corpus(*sizes)
+    document, word = (torch.as_tensor(index) for index in counts.nonzero())
+    heading(f"LDA, {sizes[0]} documents, {sizes[1]} words, {sizes[2]} topics, {len(word)} pairs, {counts.sum()} words in all")
+
+    fit = LatentDirichletAllocation(
+        options.topics, doc_topic_prior=PRIOR, topic_word_prior=PRIOR, learning_method="batch", max_iter=options.iterations, random_state=0
+    )
+    start = time.perf_counter()
+    fit.fit(counts.astype(float))
+    theirs = time.perf_counter() - start
+    target = bound(counts, fit._unnormalized_transform(counts.astype(float)), fit.components_)
+    print(f"scikit-learn: {duration(theirs)}, {options.iterations} iterations, bound {target:.1f}")
+
+    first = np.random.RandomState(0).gamma(100.0, 0.01, (options.topics, options.words))  # scikit-learn's start
+    log_phi = torch.as_tensor(digamma(first) - digamma(first.sum(-1, keepdims=True)))
+    engine = BLRInference(model, init={"phi": log_phi.softmax(-1)}, blocks="sites")
+    start = time.perf_counter()
+    with stamped(Ascent, "bound_before") as stamps:
+        posterior = engine.run(
+            document, word, torch.as_tensor(counts)[document, word].double(), sizes, max_steps=options.sweeps, progress=False
+        )
+    reached = next((i for i, value in enumerate(posterior.history) if value >= target), None)
+    if reached is None:
+        print(f"run: best bound {posterior.elbo:.1f} after {posterior.num_steps} sweeps, below scikit-learn's")
+        return
+    sweep = (stamps[reached] - stamps[0]) / max(reached, 1)
+    whole, sweeps = stamps[reached] - start, sweep * (reached + 1)
+    print(
+        f"run: {duration(whole)} to that bound, {reached + 1} sweeps of {duration(sweep)}; the end, {posterior.num_steps} sweeps: {posterior.elbo:.1f}\n"
+        f"run against scikit-learn: ratio {whole / theirs:.3g}, sweeps alone {sweeps / theirs:.3g}; wanted: at most 1"
+    )
+
+
+if __name__ == "__main__":
+    main()
