@@ -29,6 +29,7 @@ from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.explain import Explanation
 from pyro_blr.program import Program
 from pyro_blr.running import isolated_random_state
+from pyro_blr.stopping import has_levelled
 
 __all__ = ["GuideFit", "OrdinaryGradients", "ParameterUpdate", "check_loss", "check_optim"]
 
@@ -198,8 +199,6 @@ class OrdinaryGradients:
         return float(self.svi.evaluate_loss(*args, **kwargs))
 
     def run(self, args: tuple, kwargs: Mapping[str, Any], *, max_steps: int, tol: float, progress: bool) -> GuideFit:
-        from pyro_blr.runs import has_levelled
-
         converged = False
         for number in range(max_steps):
             self.step(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.gradients import ParameterUpdate
 from pyro_blr.program import Program
 from pyro_blr.steps import take_step
+from pyro_blr.stopping import has_levelled, remaining_gain
 
 __all__ = ["Run"]
 
@@ -191,26 +191,3 @@ class Run:
                     f"the running mean of the bound over {window} steps no longer rises beyond its noise"
                 )
                 return
-
-
-def remaining_gain(history: list[float]) -> float:
-    """Aitken's extrapolation of how much a linearly converging bound can still gain."""
-    if len(history) < 3:
-        return math.inf
-    last, before = history[-1] - history[-2], history[-2] - history[-3]
-    if abs(last) <= 1e-12 * max(1.0, abs(history[-1])):
-        return 0.0
-    if before <= 0:
-        return abs(last)
-    ratio = last / before
-    return last * ratio / (1 - ratio) if ratio < 1 else math.inf
-
-
-def has_levelled(history: list[float], window: int, tol: float) -> bool:
-    """Whether the mean of the last `window` values exceeds that of the window before by less than noise or
-    tol.
-    """
-    recent = torch.tensor(history[-window:], dtype=torch.float64)
-    earlier = torch.tensor(history[-2 * window : -window], dtype=torch.float64)
-    noise = float(((recent.var() + earlier.var()) / window).sqrt())
-    return float(recent.mean() - earlier.mean()) < max(tol, noise)
