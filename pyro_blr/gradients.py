@@ -28,7 +28,7 @@ from pyro_blr.ascent import Ascent
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.explain import Explanation
 from pyro_blr.program import Program
-from pyro_blr.running import isolated_random_state
+from pyro_blr.running import isolated_random_state, latent_nodes
 from pyro_blr.stopping import has_levelled
 
 __all__ = ["GuideFit", "OrdinaryGradients", "ParameterUpdate", "check_loss", "check_optim"]
