@@ -163,6 +163,7 @@ def check_guide(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) 
         of_guide = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
         of_model = pyro.poutine.trace(pyro.poutine.replay(model, trace=of_guide)).get_trace(*args, **kwargs)
     ours = {n for n in of_model.nodes if of_model.nodes[n]["type"] == "sample"}
+    latent = {name for name, _ in latent_nodes(of_model)}
     found = {
         name
         for name, node in of_guide.nodes.items()
@@ -171,7 +172,7 @@ def check_guide(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) 
     unknown = sorted(found - ours)
     if unknown:
         raise ValueError(
-            f"the guide is for another model: found its sample sites {unknown}, expected some of the model's {sorted(of_model.stochastic_nodes)}. "
+            f"the guide is for another model: found its sample sites {unknown}, expected some of the model's {sorted(latent)}. "
             "Give each the name of the model's site, or mark it infer={'is_auxiliary': True}"
         )
 
