@@ -120,9 +120,10 @@ def replayed_log_probs(
 
     with isolated_random_state(0), pyro.validation_enabled(False):
         trace = run_model(model, args, kwargs, choose, graph.subsamples)
+        nodes: Mapping[str, Any] = trace.nodes
         found = {
             name: node_log_prob(node)
-            for name, node in trace.nodes.items()
+            for name, node in nodes.items()
             if node["type"] == "sample"
             and not isinstance(node["fn"], _Subsample)
             and name not in graph.deterministic

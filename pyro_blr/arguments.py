@@ -143,8 +143,8 @@ class Arguments:
         def log_argument(*exponents: Tensor) -> Tensor:
             return self._at(argument, env, {n: e.exp() for n, e in zip(names, exponents, strict=True)}).log()
 
-        value, change = jvp(log_argument, tuple(torch.zeros_like(x) for x in logs), tuple(logs))
-        return value + change
+        found = jvp(log_argument, tuple(torch.zeros_like(x) for x in logs), tuple(logs))
+        return found[0] + found[1]
 
     def _probability(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Probability:
         """E log a and E log(1 − a), each log-affine in one of p and 1 − p."""
@@ -163,8 +163,8 @@ class Arguments:
         for complement in (False, True):
             leaf = complement != flipped  # which of p and 1 − p the value (or its complement) is
             start = torch.zeros_like(logs[leaf])
-            value, change = jvp(lambda e, c=complement, f=leaf: log_of(f, c, e), (start,), (logs[leaf],))
-            results.append(value + change)
+            found = jvp(lambda e, c=complement, f=leaf: log_of(f, c, e), (start,), (logs[leaf],))
+            results.append(found[0] + found[1])
         return Probability(*results)
 
     def _logdet(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Tensor:
@@ -220,8 +220,7 @@ class Arguments:
             block, mine = self.blocks[names[0]], moments[names[0]]
             plain = len(block.members) == 1 and isinstance(block.family, (Normal, MultivariateNormal))
             if plain and self._only_moves(argument):
-                variance = _diagonal(mine)
-                return Linear(self._at(argument, env), self._at(argument, env, {names[0]: variance}))
+                return Linear(self._at(argument, env), self._at(argument, env, {names[0]: _diagonal(mine)}))
         variance = None
         for tangents, duals in self._spreads(argument, env, moments):
             part = (tangents * duals).sum(0)

@@ -84,11 +84,13 @@ def capture(model: Callable, args: tuple, kwargs: Mapping[str, Any], trace: pout
         recorded = _with_latents(trace, tape, values)
     tape.closed = True
     graph = FactorGraph(tape, {}, {}, values, subsamples, failure=failure)
+    node: Any
     for name, node in recorded.nodes.items():
         if node["type"] == "param":
             graph.params[name] = plain(node["value"])
         elif node["type"] == "sample" and not isinstance(node["fn"], _Subsample) and name in trace.nodes:
-            _add_statement(graph, name, node, trace.nodes[name])
+            plain_node: Any = trace.nodes[name]
+            _add_statement(graph, name, node, plain_node)
     return graph
 
 

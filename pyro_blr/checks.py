@@ -63,11 +63,11 @@ def _check_data(graph: FactorGraph, factor: Factor) -> None:
                 "expected finite data. Remove them, or mask them with obs_mask or poutine.mask"
             )
     inside = _inside_support(factor, value)
-    if inside is None or _support_moves(graph, factor):
+    if inside is None:
         return
     if mask is not None:
         inside = inside | ~torch.as_tensor(mask, dtype=torch.bool, device=inside.device)
-    if not bool(inside.all()):
+    if not bool(inside.all()) and not _support_moves(graph, factor):
         outside = (~inside).nonzero()
         where = tuple(int(i) for i in outside[0]) if outside.numel() else ()
         raise ValueError(

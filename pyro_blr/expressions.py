@@ -153,11 +153,11 @@ class Recorded(torch.Tensor):
         recorded._value, recorded._tape, recorded._index = value, tape, index
         return recorded
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Recorded({self._value!r})"
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         operands = list(_recorded_in((args, kwargs)))
         tape = next((operand._tape for operand in operands if not operand._tape.closed), None)
@@ -174,7 +174,7 @@ class Recording(TorchFunctionMode):
         super().__init__()
         self.tape = tape
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.tape.written:
             args, kwargs = self.tape.recognise(args), self.tape.recognise(kwargs)
@@ -269,7 +269,7 @@ class Tape:
                 self._append(node, self._latents[ref.index])
                 item = self._own(plain(item))
             items.append(item)
-        return type(result)(items) if type(result) in (tuple, list) else tuple(items)
+        return items if type(result) is list else tuple(items)
 
     def call(self, function: Callable, args: tuple, kwargs: dict, operands: list[Recorded]) -> Any:
         """Runs `function` on the values of its operands and records what it did."""

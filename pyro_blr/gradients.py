@@ -22,6 +22,7 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 from pyro.infer.elbo import ELBO
+from pyro.optim.pytorch_optimizers import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent
@@ -121,7 +122,7 @@ class ParameterUpdate:
         if not params:
             return
         if self.optim is None:
-            self.optim = pyro.optim.Adam({"lr": _LEARNING_RATE})
+            self.optim = Adam({"lr": _LEARNING_RATE})
         with torch.enable_grad():
             draws = None if program.is_exact else Draws(fresh_seed(), 32)
             objective = ascent.expected_log_joint(draws)
@@ -184,7 +185,7 @@ class OrdinaryGradients:
         if not callable(guide):
             raise TypeError(f"guide: found {type(guide).__name__}, expected a Pyro guide (a callable), or None")
         self.guide, self.model = guide, model
-        optim = pyro.optim.Adam({"lr": _LEARNING_RATE}) if optim is None else optim
+        optim = Adam({"lr": _LEARNING_RATE}) if optim is None else optim
         self.svi = SVI(model, guide, optim, Trace_ELBO() if loss is None else loss)
         self.history: list[float] = []
         self._fit: GuideFit | None = None

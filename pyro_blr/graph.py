@@ -121,10 +121,8 @@ class FactorGraph:
 
     @property
     def plates(self) -> dict[str, Plate]:
-        found = {}
-        for item in (*self.sites.values(), *self.factors.values()):
-            found.update({plate.name: plate for plate in item.plates})
-        return found
+        plates = [site.plates for site in self.sites.values()] + [factor.plates for factor in self.factors.values()]
+        return {plate.name: plate for some in plates for plate in some}
 
     @property
     def max_plate_nesting(self) -> int:

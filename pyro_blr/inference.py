@@ -13,7 +13,7 @@ from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import check_loss_of_data, check_same_block, check_same_sites
 from pyro_blr.explain import Explanation
-from pyro_blr.gradients import OrdinaryGradients, ParameterUpdate, check_loss, check_optim
+from pyro_blr.gradients import GuideFit, OrdinaryGradients, ParameterUpdate, check_loss, check_optim
 from pyro_blr.guides import AutoExponentialFamily
 from pyro_blr.posterior import Posterior
 from pyro_blr.program import Program, Programs
@@ -116,7 +116,7 @@ class BLRInference:
         num_restarts: int = 1,
         progress: bool = True,
         **kwargs: Any,
-    ) -> Posterior:
+    ) -> Posterior | GuideFit:
         """Steps until the bound has converged to `tol` nats, and returns the posterior.
 
         Args:
@@ -169,7 +169,7 @@ class BLRInference:
             )
 
     @property
-    def posterior(self) -> Posterior:
+    def posterior(self) -> Posterior | GuideFit:
         """q at the present λ, with how it was found."""
         if self._ordinary is not None:
             return self._ordinary.posterior()
@@ -249,7 +249,7 @@ class BLRInference:
             name: block.scatter(self.guide.naturals[name], ascent.beliefs.naturals[name], subsamples)
             for name, block in program.blocks.items()
         }
-        self._points = dict(ascent.beliefs.points)
+        self._points = {name: dict(point) for name, point in ascent.beliefs.points.items()}
 
 
 class _all_or_nothing:

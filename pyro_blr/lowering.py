@@ -51,7 +51,7 @@ _NEUTRAL = {_aten.mul.Tensor: 1, _aten.mul.Scalar: 1, _aten.div.Tensor: 1, _aten
 
 
 def _form(node: fx.Node) -> Any:
-    meta = node.meta.get("tensor_meta")
+    meta: Any = node.meta.get("tensor_meta")
     return (meta.shape, meta.dtype) if hasattr(meta, "shape") else None
 
 
@@ -92,7 +92,7 @@ def _remove_neutral(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node,
     if len(node.args) != 2 or node.kwargs:
         return
     for kept, other in (node.args, node.args[::-1]):
-        if isinstance(kept, fx.Node) and other in values and isinstance(values[other], Tensor):
+        if isinstance(kept, fx.Node) and isinstance(other, fx.Node) and isinstance(values.get(other), Tensor):
             if _form(kept) is not None and _form(kept) == _form(node) and bool((values[other] == neutral).all()):
                 node.replace_all_uses_with(kept)
                 module.graph.erase_node(node)

@@ -257,7 +257,7 @@ class AffineMap:
         variance = None
         for name, (coefficient, square, gather) in self.gathers.items():
             m, v = gather(moments[name]["mean"]), gather(_diagonal(moments[name]))
-            if coefficient is not None:
+            if coefficient is not None and square is not None:
                 m, v = coefficient * m, square * v
             mean = m if mean is None else mean + m
             variance = v if variance is None else variance + v

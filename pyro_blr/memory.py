@@ -66,7 +66,7 @@ def base_of(tensor: Tensor) -> Tensor:
 
 def place_in(base: Tensor, tensor: Tensor) -> Place | None:
     """Where `tensor` lies in `base`; None where it is all of it."""
-    place = Place(tuple(tensor.shape), tensor.stride(), tensor.storage_offset() - base.storage_offset())
+    place = Place(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset() - base.storage_offset()))
     if place == Place(tuple(base.shape), base.stride(), 0) and tensor.dtype == base.dtype:
         return None
     return place

@@ -36,14 +36,15 @@ __all__ = [
 
 def unwrap(distribution: Any) -> tuple[Any, int, Any]:
     """(innermost distribution, number of batch dims that `to_event` reinterpreted, mask) below Independent, Expanded, Masked."""
-    reinterpreted, mask = 0, None
+    reinterpreted = 0
+    mask: Any = None
     while True:
         if isinstance(distribution, dist.MaskedDistribution):
             mask = distribution._mask if mask is None else torch.as_tensor(mask) & torch.as_tensor(distribution._mask)
         elif isinstance(distribution, torch.distributions.Independent):
             reinterpreted += distribution.reinterpreted_batch_ndims
             if mask is not None and not isinstance(mask, bool):  # it was put on the whole event
-                mask = mask[(..., *[None] * distribution.reinterpreted_batch_ndims)]
+                mask = mask.reshape(mask.shape + (1,) * distribution.reinterpreted_batch_ndims)
         elif not isinstance(distribution, ExpandedDistribution):
             return distribution, reinterpreted, mask
         distribution = distribution.base_dist
@@ -84,7 +85,8 @@ def _named_empty_plates() -> Iterator[None]:
     try:
         yield
     except ZeroDivisionError as error:
-        frame, local = error.__traceback__, {}
+        frame: Any = error.__traceback__
+        local: dict[str, Any] = {}
         while frame is not None:
             frame, local = frame.tb_next, frame.tb_frame.f_locals
         if not isinstance(local.get("self"), SubsampleMessenger):
@@ -95,7 +97,7 @@ def _named_empty_plates() -> Iterator[None]:
         ) from error
 
 
-def latent_nodes(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
+def latent_nodes(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
     """The sample statements of a trace that inference has to find values for."""
     for name, node in trace.nodes.items():
         if node["type"] == "sample" and not node["is_observed"] and not isinstance(node["fn"], _Subsample):
@@ -105,11 +107,12 @@ def latent_nodes(trace: poutine.Trace) -> Iterator[tuple[str, dict]]:
 
 def subsample_values(trace: poutine.Trace) -> dict[str, Tensor]:
     """The indices that each subsampled plate of a trace drew."""
-    return {
+    found: dict[str, Any] = {
         name: node["value"]
         for name, node in trace.nodes.items()
         if node["type"] == "sample" and isinstance(node["fn"], _Subsample)
     }
+    return found
 
 
 def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1.0) -> Tensor:
@@ -201,6 +204,8 @@ def same_run(one: poutine.Trace, other: poutine.Trace) -> bool:
     """
     if list(one.nodes) != list(other.nodes):
         return False
+    node: Any
+    mate: Any
     for name, node in one.nodes.items():
         mate = other.nodes[name]
         if node["type"] != mate["type"]:
