@@ -1,7 +1,7 @@
 """The tests that `pyro-api` has for any backend, with `SVI` the engine; once with its guides, once with ours.
 
-Its models are written against `pyroapi.infer` and the like, which look names up in the backend's modules: here, Pyro's own
-and one that has `BLRInference` in the place of `SVI`.
+Its models are written against `pyroapi.infer` and the like, which look names up in the backend's modules: here
+Pyro's own, and one that has `BLRInference` in the place of `SVI`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def backend_module(svi: type) -> str:
     """The name of a module that is `pyro.infer` but for its SVI."""
     name = f"pyroapi_{svi.__name__}"
     module = types.ModuleType(name)
-    module.__dict__.update(
-        {key: value for key, value in vars(pyro.infer).items() if not key.startswith("__")}
-    )
+    module.__dict__.update({key: value for key, value in vars(pyro.infer).items() if not key.startswith("__")})
     module.SVI = svi
     sys.modules[name] = module
     return name
@@ -51,16 +49,12 @@ def backend(request) -> Iterator[type]:
     """What `pyroapi.tests` asks for: the backend, and float32 as its data are."""
     torch.set_default_dtype(torch.float32)
     MADE.clear()
-    pyroapi.register_backend(
-        "blr", {"pyro": "pyro", "infer": backend_module(request.param), "optim": "pyro.optim"}
-    )
+    pyroapi.register_backend("blr", {"pyro": "pyro", "infer": backend_module(request.param), "optim": "pyro.optim"})
     with pyroapi.pyro_backend("blr"):
         yield request.param
 
 
-TESTS = {
-    name: test for name, test in vars(pyroapi_tests).items() if name.startswith("test_") and callable(test)
-}
+TESTS = {name: test for name, test in vars(pyroapi_tests).items() if name.startswith("test_") and callable(test)}
 
 
 def cases() -> Iterator[tuple[str, Callable, dict]]:
@@ -70,13 +64,9 @@ def cases() -> Iterator[tuple[str, Callable, dict]]:
         for mark in getattr(test, "pytestmark", []):
             names = [part.strip() for part in mark.args[0].split(",")]
             values = [value if len(names) > 1 else (value,) for value in mark.args[1]]
-            choices = [
-                {**choice, **dict(zip(names, value, strict=True))} for choice in choices for value in values
-            ]
+            choices = [{**choice, **dict(zip(names, value, strict=True))} for choice in choices for value in values]
         for choice in choices:
-            label = "-".join(
-                [name, *(str(value) for value in choice.values() if not isinstance(value, dict))]
-            )
+            label = "-".join([name, *(str(value) for value in choice.values() if not isinstance(value, dict))])
             yield label, test, choice
 
 
@@ -95,9 +85,7 @@ def test_the_package_has_tests():
 @pytest.mark.parametrize(("test", "choice"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_pyroapi(backend, test, choice):
     if backend is WithOurGuide and test.__name__ in WITHOUT_LATENTS:
-        with pytest.raises(
-            ValueError, match="the model has no latent sample site .*: there is nothing to infer"
-        ):
+        with pytest.raises(ValueError, match="the model has no latent sample site .*: there is nothing to infer"):
             test(backend, **choice)
         return
     test(backend, **choice)
