@@ -44,7 +44,7 @@ class Categorical(ExponentialFamily):
         return self._by_state(natural).movedim(0, -1)
 
     def _by_state(self, natural: Tensor) -> Tensor:
-        """λ and the last state's zero, (K, *batch): sums over few states of a long batch are then ten times faster."""
+        """λ and the last state's zero, (K, *batch): sums over few states of a long batch are faster so."""
         return torch.cat([natural.movedim(-1, 0), natural.new_zeros(1, *natural.shape[:-1])])
 
     def _probs(self, natural: Tensor) -> Tensor:

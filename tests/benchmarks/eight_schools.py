@@ -7,7 +7,6 @@ Both are warm: a sweep that has been taken a hundred times is replayed as a flat
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from side_by_side import heading, in_turn, row, seconds
+from side_by_side import argument_parser, heading, in_turn, row, seconds
 
 from pyro_blr import BLRInference
 
@@ -41,7 +40,7 @@ def per_step(step: Callable[..., Any], number: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--warm-up", type=int, default=150, help="steps before the clock runs")
     parser.add_argument("--steps", type=int, default=100, help="steps timed together")
     parser.add_argument("--pairs", type=int, default=15)
@@ -51,7 +50,9 @@ def main() -> None:
     svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     for step in (engine.step, svi.step):
         per_step(step, options.warm_up)
-    pairs = in_turn(lambda: per_step(engine.step, options.steps), lambda: per_step(svi.step, options.steps), options.pairs)
+    pairs = in_turn(
+        lambda: per_step(engine.step, options.steps), lambda: per_step(svi.step, options.steps), options.pairs
+    )
     row("step against SVI.step", *pairs, "at most 0.5")
 
 

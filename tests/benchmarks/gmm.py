@@ -1,14 +1,15 @@
-"""A diagonal Gaussian mixture: seconds a sweep, against those of an iteration of scikit-learn's `BayesianGaussianMixture`.
+"""A diagonal Gaussian mixture: seconds a sweep, against those of an iteration of scikit-learn's
+`BayesianGaussianMixture`.
 
     python tests/benchmarks/gmm.py
 
-Both start from the same labels, in float64, on the same cores.  The models differ in one prior: scikit-learn ties a mean's precision to
-its component's, here the two are independent.  What is timed lies between two bounds of one fit; the model's own run is outside.
+Both start from the same labels, in float64, on the same cores. The models differ in one prior: scikit-
+learn ties a mean's precision to its component's, here the two are independent. What is timed lies between
+two bounds of one fit; the model's own run is outside.
 """
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from side_by_side import heading, in_turn, intervals, row, stamped
+from side_by_side import argument_parser, heading, in_turn, intervals, row, stamped
 from sklearn.mixture import BayesianGaussianMixture
 
 from pyro_blr import BLRInference
@@ -54,7 +55,7 @@ class SameStart(BayesianGaussianMixture):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--dims", type=int, default=10)
     parser.add_argument("--components", type=int, default=10)

@@ -1,14 +1,15 @@
-"""Linear regression with unknown precision on a million rows: `run` against a hand-written program; a sweep as N grows; memory.
+"""Linear regression with unknown precision on a million rows: `run` against a hand-written program; a sweep
+as N grows; memory.
 
     python tests/benchmarks/regression.py
 
-Float32 data whose columns have mean 5.  The hand-written program forms the Gram matrix in float64 from the same chunks of rows, and
-iterates the two updates until E[tau] stands still; since its sums are in float64, so is its E[tau], whatever the data are in.
+Float32 data whose columns have mean 5. The hand-written program forms the Gram matrix in float64 from the
+same chunks of rows, and iterates the two updates until E[tau] stands still; since its sums are in
+float64, so is its E[tau], whatever the data are in.
 """
 
 from __future__ import annotations
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import sys
 import pyro
 import pyro.distributions as dist
 import torch
-from side_by_side import heading, in_turn, intervals, row, seconds, stamped
+from side_by_side import argument_parser, heading, in_turn, intervals, row, seconds, stamped
 
 from pyro_blr import BLRInference
 from pyro_blr.ascent import Ascent
@@ -102,7 +103,7 @@ def sweeps(rows: tuple[int, int], pairs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="only the memory, in this process")
@@ -111,7 +112,9 @@ def main() -> None:
         memory(options.rows)
         return
     heading(f"linear regression, N = {options.rows}, D = 100, float32")
-    subprocess.run([sys.executable, __file__, "--memory", "--rows", str(options.rows)], check=True)  # before data are made here
+    subprocess.run(
+        [sys.executable, __file__, "--memory", "--rows", str(options.rows)], check=True
+    )  # before data are made here
     warm_up()
     X, y = data(options.rows)
     found: list[float] = []
@@ -120,9 +123,14 @@ def main() -> None:
         found.append(float(BLRInference(model).run(X, y, progress=False)["tau"].mean))
 
     exact = by_hand(X, y)
-    row("run against the program by hand", *in_turn(lambda: seconds(ours), lambda: seconds(lambda: by_hand(X, y)), options.pairs), "at most 2")
-    print(f"E[tau]: {found[0]!r} against {exact!r}: {abs(found[0] / exact - 1):.2g} apart, relatively; wanted: 1e-4")
-    del X, y
+    row(
+        "run against the program by hand",
+        *in_turn(lambda: seconds(ours), lambda: seconds(lambda: by_hand(X, y)), options.pairs),
+        "at most 2",
+    )
+    print(
+        f"E[tau]: {found[0]!r} against {exact!r}: {abs(found[0] / exact - 1):.2g} apart, relatively; wanted: 1e-4"
+    )
     sweeps((options.rows, 10_000), 3 * options.pairs)
 
 

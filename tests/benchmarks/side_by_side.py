@@ -1,7 +1,10 @@
-"""Two programs timed in one process, in turn, so that whatever else the machine does meets both; ratios of neighbours, not of bests."""
+"""Two programs timed in one process, in turn, so that whatever else the machine does meets both; ratios of
+neighbours, not of bests.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
@@ -21,7 +24,9 @@ def seconds(program: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(first: Callable[[], float], second: Callable[[], float], pairs: int) -> tuple[list[float], list[float]]:
+def in_turn(
+    first: Callable[[], float], second: Callable[[], float], pairs: int
+) -> tuple[list[float], list[float]]:
     """Times of two programs called in turn, the order alternating; each call returns its own time."""
     one, two = [], []
     for pair in range(pairs):
@@ -66,7 +71,13 @@ def row(name: str, first: Sequence[float], second: Sequence[float], limit: str) 
 
 def duration(value: float) -> str:
     """Seconds in a unit that suits them."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
+    return (
+        f"{value:.3g} s"
+        if value >= 1
+        else f"{value * 1e3:.3g} ms"
+        if value >= 1e-3
+        else f"{value * 1e6:.3g} µs"
+    )
 
 
 def heading(title: str) -> None:
@@ -75,4 +86,11 @@ def heading(title: str) -> None:
     print(
         f"{title}\n{os.cpu_count()} cores, {torch.get_num_threads()} threads{load}; Python {platform.python_version()}, "
         f"torch {torch.__version__}, pyro {pyro.__version__}"
+    )
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """One that shows a script's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,15 +1,16 @@
-"""Linear regression with unknown precision, N = 100,000: `run` against Pyro's SVI, each to within 0.1 nats of its own family's optimum.
+"""Linear regression with unknown precision, N = 100,000: `run` against Pyro's SVI, each to within 0.1 nats
+of its own family's optimum.
 
     python tests/benchmarks/svi.py --budget 600
 
-SVI has `AutoMultivariateNormal` and Adam at 0.01.  The bound of its guide has a closed form here, so it is judged outside the clock and
-without noise, at its parameters and at their running average (whichever is there first); the optimum of its family is that closed form's
-own maximum, found by L-BFGS.  Where the budget ends first, the ratio is a lower bound.
+SVI has `AutoMultivariateNormal` and Adam at 0.01. The bound of its guide has a closed form here, so it is
+judged outside the clock and without noise, at its parameters and at their running average (whichever is
+there first); the optimum of its family is that closed form's own maximum, found by L-BFGS. Where the
+budget ends first, the ratio is a lower bound.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 
@@ -18,7 +19,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 from regression import data, model, warm_up
-from side_by_side import duration, heading, seconds
+from side_by_side import argument_parser, duration, heading, seconds
 
 from pyro_blr import BLRInference
 
@@ -39,9 +40,13 @@ class Exact:
         covariance = tril @ tril.mT
         w, u, V = mean[:d], mean[d], covariance[:d, :d]
         tilted, tau = w + covariance[:d, d], (u + 0.5 * covariance[d, d]).exp()
-        residual = self.square - 2 * self.cross @ tilted + tilted @ (self.gram @ tilted) + (self.gram * V).sum()
+        residual = (
+            self.square - 2 * self.cross @ tilted + tilted @ (self.gram @ tilted) + (self.gram * V).sum()
+        )
         likelihood = 0.5 * n * (u - math.log(2 * math.pi)) - 0.5 * tau * residual
-        prior = -0.5 * (w @ w + V.diagonal().sum()) - 0.5 * d * math.log(2 * math.pi) - tau + u  # Gamma(1, 1), and d tau / d log tau
+        prior = (
+            -0.5 * (w @ w + V.diagonal().sum()) - 0.5 * d * math.log(2 * math.pi) - tau + u
+        )  # Gamma(1, 1), and d tau / d log tau
         entropy = tril.diagonal().log().sum() + 0.5 * (d + 1) * (1 + math.log(2 * math.pi))
         return likelihood + prior + entropy
 
@@ -56,7 +61,13 @@ class Exact:
         centre = torch.cat([solution, tau.log().unsqueeze(0)])
         shift = torch.zeros(d + 1, dtype=torch.float64, requires_grad=True)
         factor = torch.zeros(d + 1, d + 1, dtype=torch.float64, requires_grad=True)
-        solver = torch.optim.LBFGS([shift, factor], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+        solver = torch.optim.LBFGS(
+            [shift, factor],
+            max_iter=500,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-14,
+            line_search_fn="strong_wolfe",
+        )
 
         def loss() -> torch.Tensor:
             solver.zero_grad()
@@ -69,7 +80,9 @@ class Exact:
         return -float(loss().detach())
 
 
-def fit_svi(X: torch.Tensor, y: torch.Tensor, exact: Exact, target: float, budget: float) -> tuple[float, int, float]:
+def fit_svi(
+    X: torch.Tensor, y: torch.Tensor, exact: Exact, target: float, budget: float
+) -> tuple[float, int, float]:
     """(seconds in SVI.step, steps, best bound) until within `NEAR` of the target, or the budget is spent."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -95,7 +108,7 @@ def fit_svi(X: torch.Tensor, y: torch.Tensor, exact: Exact, target: float, budge
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for SVI")
     parser.add_argument("--runs", type=int, default=5, help="runs of ours")
@@ -104,7 +117,10 @@ def main() -> None:
     X, y = data(options.rows)
     warm_up()
     posteriors = []
-    times = [seconds(lambda: posteriors.append(BLRInference(model).run(X, y, progress=False))) for _ in range(options.runs)]
+    times = [
+        seconds(lambda: posteriors.append(BLRInference(model).run(X, y, progress=False)))
+        for _ in range(options.runs)
+    ]
     limit = BLRInference(model).run(X, y, tol=1e-9, progress=False).elbo
     print(
         f"run: median {duration(sorted(times)[len(times) // 2])} ({duration(min(times))} to {duration(max(times))}), "
@@ -119,7 +135,9 @@ def main() -> None:
         + ("" if arrived else ": the budget ended first, the ratios are lower bounds")
     )
     ratios = sorted(spent / t for t in times)
-    print(f"SVI against run: ratio {ratios[len(ratios) // 2]:.4g} ({ratios[0]:.4g} to {ratios[-1]:.4g}); wanted: at least 100")
+    print(
+        f"SVI against run: ratio {ratios[len(ratios) // 2]:.4g} ({ratios[0]:.4g} to {ratios[-1]:.4g}); wanted: at least 100"
+    )
 
 
 if __name__ == "__main__":
