@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 
 __all__ = ["BUDGET", "Function", "batched", "gradient_and_products", "gradients_at", "row"]
 
-BUDGET = 4_000_000  # numbers in one intermediate result of a batched call
+BUDGET = 2_000_000  # numbers in one intermediate result of a batched call
 
 Function = Callable[[Tensor, Any], Tensor]
 
@@ -35,9 +35,7 @@ def batched(
     chunk = max(1, BUDGET // max(elements, leaves[:1].numel(), 1))
     try:
         return vmap(function, randomness="same", chunk_size=chunk if chunk < count else None)(leaves, others)
-    except (
-        Exception
-    ):  # a program may object to batches in any way; if it objects to single draws too, the loop raises
+    except Exception:  # a program may object to batches in any way; if it objects to single draws too, the loop raises
         rows = [(one_by_one or function)(leaves[s], row(others, s)) for s in range(count)]
         if isinstance(rows[0], Tensor):
             return torch.stack(rows)
@@ -63,9 +61,7 @@ def gradients_at(function: Function, leaves: Tensor, others: Any, elements: int 
     return batched(grad(function), leaves, others, elements, one_by_one)
 
 
-def gradient_and_products(
-    function: Function, leaf: Tensor, other: Any, tangents: Tensor
-) -> tuple[Tensor, Tensor]:
+def gradient_and_products(function: Function, leaf: Tensor, other: Any, tangents: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient and stacked Hessian-vector products by plain autograd: for programs that cannot be
     batched.
     """
@@ -75,15 +71,11 @@ def gradient_and_products(
         zero = torch.zeros_like(leaf)
         if not value.requires_grad:
             return zero, torch.zeros_like(tangents)
-        (gradient,) = torch.autograd.grad(
-            value, leaf, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True, allow_unused=True, materialize_grads=True)
         if not gradient.requires_grad:
             return gradient.detach(), torch.zeros_like(tangents)
         products = [
-            torch.autograd.grad(
-                gradient, leaf, t, retain_graph=True, allow_unused=True, materialize_grads=True
-            )[0]
+            torch.autograd.grad(gradient, leaf, t, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
             for t in tangents
         ]
     return gradient.detach(), torch.stack(products).detach() if products else torch.zeros_like(tangents)

@@ -21,7 +21,7 @@ __all__ = ["Run"]
 CALM_SWEEPS = 10  # consecutive sweeps that the remaining gain must stay small for
 LEVELS = (64, 256, 1024, 4096)  # draws; each level starts from the optimum of the one before
 REPLAYED_LEVELS = (64, 256)  # the same where every draw runs the model again
-WORK = 10**10
+WORK = 2 * 10**9
 LEVEL_STEPS = 100  # sweeps at most on every level
 
 
@@ -98,9 +98,7 @@ class Run:
                 self._refuse_fall(before, bound)
             calm = calm + 1 if remaining_gain(self.history) < self.tol else 0
             if calm >= CALM_SWEEPS:
-                self._stop(
-                    f"the bound's remaining gain stayed below tol={self.tol:g} nats for {CALM_SWEEPS} sweeps"
-                )
+                self._stop(f"the bound's remaining gain stayed below tol={self.tol:g} nats for {CALM_SWEEPS} sweeps")
                 return
 
     def _refuse_fall(self, before: float, bound: float) -> None:
@@ -133,17 +131,15 @@ class Run:
             if self.num_steps >= self.max_steps:
                 break
             if climbed.converged and climbed.first < tol and level > 0:
-                self._stop(
-                    f"the optima on {levels[level - 1]} and on {size} fixed draws agree to tol={tol:g} nats"
-                )
+                self._stop(f"the optima on {levels[level - 1]} and on {size} fixed draws agree to tol={tol:g} nats")
                 break
         else:
             assert climbed is not None
             if climbed.converged:
-                self._stop(
-                    f"the remaining distance on {size} fixed draws is below tol={tol:g} nats; "
-                    f"fewer draws differ by {climbed.first:.2g}"
+                fewer = (
+                    f"; fewer draws differ by {climbed.first:.2g}" if len(levels) > 1 else ", as many as are affordable"
                 )
+                self._stop(f"the remaining distance on {size} fixed draws is below tol={tol:g} nats{fewer}")
             else:
                 self.stop_reason = (
                     f"the steps on {size} draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
@@ -159,9 +155,7 @@ class Run:
         messages = self.program.messages
         factors = [name for name, plan in self.program.plans.items() if not plan.exact]
         drawn = {name for factor in factors for name in self.program.plans[factor].sampled}
-        cost = messages.elements(factors) * max(
-            (self.program.blocks[name].num_directions for name in drawn), default=1
-        )
+        cost = messages.elements(factors) * max((self.program.blocks[name].num_directions for name in drawn), default=1)
         return tuple(size for size in LEVELS if size == LEVELS[0] or size * cost <= WORK)
 
     def _tock(self, bound: float) -> bool:
@@ -187,7 +181,5 @@ class Run:
                 and self.num_steps % 10 == 0
                 and has_levelled(self.history, window, self.tol)
             ):
-                self._stop(
-                    f"the running mean of the bound over {window} steps no longer rises beyond its noise"
-                )
+                self._stop(f"the running mean of the bound over {window} steps no longer rises beyond its noise")
                 return
