@@ -83,7 +83,9 @@ def _disagreements(model: Callable, args: tuple, kwargs: Mapping[str, Any], grap
         try:
             with torch.no_grad(), pyro.validation_enabled(False):
                 found = graph.log_prob(name, values)
-        except Exception:  # whatever a rebuilt distribution or a recorded call objects to, the recording does not reproduce
+        except (
+            Exception
+        ):  # whatever a rebuilt distribution or a recorded call objects to, the recording does not reproduce
             wrong.add(name)
             continue
         if not _agree(found, expected):

@@ -100,7 +100,9 @@ class Arguments:
         if len(argument.forms) != 1:
             return None
         (name,) = argument.forms
-        plain = isinstance(self.blocks[name].family, (Normal, MultivariateNormal)) and len(self.blocks[name].members) == 1
+        plain = (
+            isinstance(self.blocks[name].family, (Normal, MultivariateNormal)) and len(self.blocks[name].members) == 1
+        )
         return self.graph.tape.design_matrix(argument.ref, self.blocks[name].site_names[0]) if plain else None
 
     def _leaf_function(self, argument: Argument, env: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -121,9 +123,7 @@ class Arguments:
             return Matrix(self._at(argument, env), self._logdet(argument, env, moments))
         raise AssertionError(f"no rule for {argument.role.__name__}")
 
-    def _at(
-        self, argument: Argument, env: Mapping[str, Tensor], leaves: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def _at(self, argument: Argument, env: Mapping[str, Tensor], leaves: Mapping[str, Tensor] | None = None) -> Tensor:
         """The argument with the given leaves in place of the blocks' pseudo-points."""
         if leaves:
             env = dict(env)
@@ -239,9 +239,7 @@ class Arguments:
             covariance = part if covariance is None else covariance + part
         return Vector(self._at(argument, env), covariance)
 
-    def _spreads(
-        self, argument: Argument, env: Mapping[str, Tensor], moments: Moments
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _spreads(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> list[tuple[Tensor, Tensor]]:
         """Pairs (J V e_l, J e_l), stacked over l, whose products sum to the variance: one pair a block, one a product of blocks."""
         sets = [(name,) for name in argument.forms] + list(argument.products)
         return [self._spread(argument, names, env, moments) for names in sets]
@@ -250,7 +248,10 @@ class Arguments:
         self, argument: Argument, names: Sequence[str], env: Mapping[str, Tensor], moments: Moments
     ) -> tuple[Tensor, Tensor]:
         bases = [self._basis(argument, name, moments[name]) for name in names]
-        scaled = [self._times_covariance(name, basis, argument, moments[name]) for name, basis in zip(names, bases, strict=True)]
+        scaled = [
+            self._times_covariance(name, basis, argument, moments[name])
+            for name, basis in zip(names, bases, strict=True)
+        ]
         points = [mean_leaf(self.blocks[name], moments[name]) for name in names]
 
         def function(*leaves: Tensor) -> Tensor:
@@ -282,16 +283,13 @@ class Arguments:
             self._bases[key] = basis.reshape(count, *shape).expand(count, *leaf.shape)
         return self._bases[key]
 
-    def _times_covariance(
-        self, name: str, basis: Tensor, argument: Argument, moments: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _times_covariance(self, name: str, basis: Tensor, argument: Argument, moments: Mapping[str, Tensor]) -> Tensor:
         """V e_l.  Where outputs see one entry of the event each, only V's diagonal matters."""
         if "covariance" not in moments:
             return basis * moments["variance"]
         if -1 in argument.mixed[name]:
             return torch.einsum("...ij,l...j->l...i", moments["covariance"], basis)
         return basis * _diagonal(moments)
-
 
 
 def _diagonal(moments: Mapping[str, Tensor]) -> Tensor:
@@ -339,5 +337,3 @@ def _as_float(value: Any, env: Mapping[str, Tensor], role: type[Expectation]) ->
         return value
     dtype = next((v.dtype for v in env.values() if v.is_floating_point()), torch.get_default_dtype())
     return torch.as_tensor(value, dtype=dtype)
-
-

@@ -72,14 +72,20 @@ class Ascent:
 
     def _pure_sweep(self, *naturals: Tensor) -> tuple[Tensor, ...]:
         """λ of every block ↦ λ after a sweep, the bound, and whether every λ is inside its domain."""
-        ascent = Ascent(self.program, Beliefs(self.program.blocks, dict(zip(self.beliefs.naturals, naturals, strict=True))), self.last)
+        ascent = Ascent(
+            self.program,
+            Beliefs(self.program.blocks, dict(zip(self.beliefs.naturals, naturals, strict=True))),
+            self.last,
+        )
         inside = []
         for name in self.order:
             target = ascent.targets.exact(name, ascent.beliefs)
             inside.append(self.program.blocks[name].family.contains(target).all())
             ascent.beliefs.update(name, target)
         messages = self.program.messages
-        bound = messages.expected_log_prob(self.program.plans, ascent.beliefs.wide) + messages.entropy(ascent.beliefs.naturals)
+        bound = messages.expected_log_prob(self.program.plans, ascent.beliefs.wide) + messages.entropy(
+            ascent.beliefs.naturals
+        )
         return (*ascent.beliefs.naturals.values(), bound, torch.stack(inside).all())
 
     def target(self, name: str, draws: Draws | None) -> Tensor:
@@ -210,5 +216,3 @@ class Ascent:
 def _isolated_seed() -> int:
     """A seed that leaves torch's global generator untouched."""
     return int(torch.initial_seed() % (2**31 - 1))
-
-

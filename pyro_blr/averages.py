@@ -26,6 +26,7 @@ __all__ = ["FactorAverage"]
 
 _UNKNOWN: Any = object()
 
+
 class FactorAverage:
     """E_q[log f] for one factor under its plan."""
 
@@ -59,7 +60,12 @@ class FactorAverage:
         """The total from sums of data weighted by the states' probabilities, which stay the same until these move."""
         plan, constructed = self.plan, self.plan.factor.constructed
         probs = [moments[name]["probs"] for name in plan.enumerated]
-        if self._weighted is None or plan.likelihood is None or constructed is None or any(p.requires_grad for p in probs):
+        if (
+            self._weighted is None
+            or plan.likelihood is None
+            or constructed is None
+            or any(p.requires_grad for p in probs)
+        ):
             return None
         if constructed.mask is not None or not self.arguments.are_constant:
             return None

@@ -178,7 +178,9 @@ class Block:
             return selected
         grids = torch.meshgrid(
             *(
-                subsamples[plate.name].to(natural.device) if plate in subsampled else torch.arange(size, device=natural.device)
+                subsamples[plate.name].to(natural.device)
+                if plate in subsampled
+                else torch.arange(size, device=natural.device)
                 for size, plate in zip(natural.shape[:-1], self._plate_of_dims(), strict=True)
             ),
             indexing="ij",
@@ -210,7 +212,9 @@ def _is_real(support: Any) -> bool:
 def build_blocks(graph: FactorGraph, blocks: str | Sequence[Sequence[str]] = "sites") -> dict[str, Block]:
     """How q factorises: `"sites"`, `"elements"`, or a list of groups of site names (sites in no group stand alone)."""
     if not isinstance(blocks, str) and any(isinstance(group, str) for group in blocks):
-        raise ValueError(f"blocks={blocks!r}: found site names, expected groups of them; one group of all is [{list(blocks)!r}]")
+        raise ValueError(
+            f"blocks={blocks!r}: found site names, expected groups of them; one group of all is [{list(blocks)!r}]"
+        )
     groups = [tuple(group) for group in blocks] if not isinstance(blocks, str) else []
     if isinstance(blocks, str) and blocks not in ("sites", "elements"):
         raise ValueError(f'blocks={blocks!r}: expected "sites", "elements" or a list of groups of site names')
@@ -233,11 +237,15 @@ def _check_groups(groups: Iterable[tuple[str, ...]], graph: FactorGraph) -> None
     for group in groups:
         for name in group:
             if name not in graph.sites:
-                raise ValueError(f"blocks names {name!r}, which is no latent site of the model; it has {sorted(graph.sites)}")
+                raise ValueError(
+                    f"blocks names {name!r}, which is no latent site of the model; it has {sorted(graph.sites)}"
+                )
             if name in seen:
                 raise ValueError(f"blocks names site {name!r} twice; each site belongs to one group")
             if len(group) > 1 and graph.sites[name].support.is_discrete:
-                raise ValueError(f"blocks groups {name!r}, which is discrete; only continuous sites form a joint Gaussian")
+                raise ValueError(
+                    f"blocks groups {name!r}, which is discrete; only continuous sites form a joint Gaussian"
+                )
             seen.add(name)
 
 
@@ -299,7 +307,9 @@ def _joint_block(sites: Sequence[Site]) -> Block:
     for site in sites:
         family = pushforward_family(site.support, site.shape[len(site.batch_shape) :])
         if family is None:
-            raise ValueError(f"site {site.name!r}: {site.support} has no bijection from real vectors; leave it out of the group")
+            raise ValueError(
+                f"site {site.name!r}: {site.support} has no bijection from real vectors; leave it out of the group"
+            )
         event = family.base.event_shape if isinstance(family, TransformedNormal) else family.event_shape
         size = torch.Size((*site.batch_shape[len(batch) :], *event)).numel()
         members.append(Member(site, start, start + size, family))
@@ -309,5 +319,3 @@ def _joint_block(sites: Sequence[Site]) -> Block:
             f"sites {[site.name for site in sites]} cannot form one block: they are in a subsampled plate that not all of them share"
         )
     return Block("+".join(site.name for site in sites), MultivariateNormal(start), tuple(members), plates, batch)
-
-

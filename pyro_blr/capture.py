@@ -137,7 +137,11 @@ def _line_of(distribution: Any) -> str:
 def _is_its_own_value(tape: Tape, node: dict) -> bool:
     """Whether a statement is Delta(v) at v itself, a name for a value: its log density is zero whatever the latents are."""
     base = unwrap(node["fn"])[0]
-    if not isinstance(base, dist.Delta) or isinstance(base.log_density, Recorded) or bool((base.log_density != 0).any()):
+    if (
+        not isinstance(base, dist.Delta)
+        or isinstance(base.log_density, Recorded)
+        or bool((base.log_density != 0).any())
+    ):
         return False
     value, point = tape.reference(node["value"]), tape.reference(base.v)
     if isinstance(value, Ref) or isinstance(point, Ref):

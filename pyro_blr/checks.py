@@ -80,7 +80,10 @@ def _check_shape(factor: Factor, value: Tensor) -> None:
     expected = torch.Size(factor.distribution.batch_shape) + torch.Size(factor.distribution.event_shape)
     event = torch.Size(factor.distribution.event_shape)
     try:
-        fits = torch.broadcast_shapes(value.shape, expected) == expected and value.shape[value.dim() - len(event) :] == event
+        fits = (
+            torch.broadcast_shapes(value.shape, expected) == expected
+            and value.shape[value.dim() - len(event) :] == event
+        )
     except RuntimeError:
         fits = False
     if not fits and value.dim() > 0:
@@ -113,7 +116,9 @@ def _inside_support(factor: Factor, value: Tensor) -> Tensor | None:
 
 def _mask_of(factor: Factor) -> Tensor | None:
     inner = factor.constructed.mask if factor.constructed is not None else None
-    masks = [torch.as_tensor(m, dtype=torch.bool) for m in (factor.mask, inner) if m is not None and not isinstance(m, Ref)]
+    masks = [
+        torch.as_tensor(m, dtype=torch.bool) for m in (factor.mask, inner) if m is not None and not isinstance(m, Ref)
+    ]
     if not masks or any(m.dim() > len(factor.batch_shape) for m in masks):
         return masks[0] if len(masks) == 1 and masks[0].dim() <= len(factor.batch_shape) else None
     result = masks[0]
@@ -140,7 +145,8 @@ def check_natural(block: Block, natural: Tensor, culprits: Mapping[str, Any] | N
     blame = f"; non-finite messages come from {sorted(culprits)}" if culprits else ""
     raise ImproperPosteriorError(
         f"site {sites}: its factors add up to {found} of the family {type(block.family).__name__} at {int((~inside).sum())} of "
-        f"{max(inside.numel(), 1)} elements{where}{blame}. Expected a proper posterior: give the site a proper prior, or data that determine it"
+        f"{max(inside.numel(), 1)} elements{where}{blame}. "
+        "Expected a proper posterior: give the site a proper prior, or data that determine it"
     )
 
 
@@ -157,7 +163,9 @@ def check_loss_of_data(observed: set[str], graph: FactorGraph) -> None:
 def check_same_sites(known: Mapping[str, Block], blocks: Mapping[str, Block], what: str) -> None:
     """Raises where λ belongs to other sites."""
     if known and set(known) != set(blocks):
-        raise ValueError(f"{what}: found {sorted(blocks)}, expected {sorted(known)}. Make a new BLRInference for another model")
+        raise ValueError(
+            f"{what}: found {sorted(blocks)}, expected {sorted(known)}. Make a new BLRInference for another model"
+        )
 
 
 def check_same_block(known: Block, block: Block) -> None:
@@ -167,8 +175,8 @@ def check_same_block(known: Block, block: Block) -> None:
     for plate in block.plates:
         if before.get(plate.name, plate.size) != plate.size:
             raise ValueError(
-                f"site {sites}: found plate {plate.name!r} of size {plate.size} in this step, expected {before[plate.name]} as in the steps "
-                f"before: q has a factor for each of its elements. Say the full size, pyro.plate({plate.name!r}, {before[plate.name]}, "
+                f"site {sites}: found plate {plate.name!r} of size {plate.size} in this step, expected {before[plate.name]} as in the "
+                f"steps before: q has a factor for each of its elements. Say the full size, pyro.plate({plate.name!r}, {before[plate.name]}, "
                 "subsample=indices), or make a new BLRInference for other data"
             )
     if (known.family, known.full_shape) != (block.family, block.full_shape):

@@ -43,9 +43,7 @@ def newton_start(ascent: Ascent) -> None:
     E_q of an exponential under a vague prior overflows; at the mean it does not.
     """
     messages = ascent.program.messages
-    sampled = [
-        n for n in ascent.order if not messages.is_exact(n) and is_gaussian(ascent.program.blocks[n].family)
-    ]
+    sampled = [n for n in ascent.order if not messages.is_exact(n) and is_gaussian(ascent.program.blocks[n].family)]
     if not sampled:
         return
     for _ in range(_NEWTON_ROUNDS if len(ascent.order) > 1 else 1):

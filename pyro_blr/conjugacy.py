@@ -60,7 +60,13 @@ class _Finding:
     source: str = ""
 
 
-_SORTS = {Gamma: Sort.POSITIVE, InverseGamma: Sort.POSITIVE, Beta: Sort.PROBABILITY, Dirichlet: Sort.SIMPLEX, Wishart: Sort.MATRIX}
+_SORTS = {
+    Gamma: Sort.POSITIVE,
+    InverseGamma: Sort.POSITIVE,
+    Beta: Sort.PROBABILITY,
+    Dirichlet: Sort.SIMPLEX,
+    Wishart: Sort.MATRIX,
+}
 
 
 def analyse(
@@ -140,7 +146,10 @@ class _Judge:
                 reasons[name] = ("its distribution hides its arguments", _Finding(None, False))
         for name in continuous:
             if name in self._blocks_of((factor.scale, factor.mask)):
-                reasons.setdefault(name, (f"{' and '.join(self.blocks[name].site_names)} is in its scale or mask", _Finding(None, False)))
+                reasons.setdefault(
+                    name,
+                    (f"{' and '.join(self.blocks[name].site_names)} is in its scale or mask", _Finding(None, False)),
+                )
         findings = self._find(factor, arguments, continuous, reasons)
         sampled = tuple(name for name in continuous if name in reasons)
         analytic = tuple(name for name in continuous if name not in reasons)
@@ -169,7 +178,9 @@ class _Judge:
         refs = [factor.value, *(constructed.arguments[name] for name in names)]
         tape.closed, tape.place = False, factor.source
         try:
-            wrapped = [Recorded.wrap(tape.values[ref.index], tape, ref.index) if isinstance(ref, Ref) else ref for ref in refs]
+            wrapped = [
+                Recorded.wrap(tape.values[ref.index], tape, ref.index) if isinstance(ref, Ref) else ref for ref in refs
+            ]
             with Recording(tape):
                 value = self._safe_value(factor, wrapped[0])
                 canonical = likelihood.canonical(value, dict(zip(names, wrapped[1:], strict=True)))
@@ -218,7 +229,10 @@ class _Judge:
             if name in reasons:
                 continue
             if len(places) > 1:
-                reasons[name] = (f"{' and '.join(self.blocks[name].site_names)} is in two arguments: {' and '.join(places)}", findings[places[0], name])
+                reasons[name] = (
+                    f"{' and '.join(self.blocks[name].site_names)} is in two arguments: {' and '.join(places)}",
+                    findings[places[0], name],
+                )
                 continue
             finding = findings[places[0], name]
             if finding.form is None:
@@ -251,7 +265,9 @@ class _Judge:
         operation = structural.operation if structural is not None else ""
         source = structural.source if structural is not None else ""
         if claimed is not None:
-            operation = operation or "the expression is of the form but its values are not (a constraint of the family fails)"
+            operation = (
+                operation or "the expression is of the form but its values are not (a constraint of the family fails)"
+            )
         return _Finding(None, False, points, operation, source)
 
     def _structural(self, argument: Argument, block: Block) -> Kind | None:
@@ -278,11 +294,7 @@ class _Judge:
     # -- what follows -------------------------------------------------------------------------------------------------
 
     def _planned(self, argument: Argument, findings: Mapping, analytic: Sequence[str]) -> Argument:
-        forms = {
-            name: findings[argument.name, name].form
-            for name in analytic
-            if (argument.name, name) in findings
-        }
+        forms = {name: findings[argument.name, name].form for name in analytic if (argument.name, name) in findings}
         mixed: dict[str, tuple[int, ...]] = {}
         products: tuple[tuple[str, ...], ...] = ()
         if argument.role in (Linear, Vector):
@@ -340,7 +352,11 @@ def _family_name(factor: Factor) -> str:
 
 
 def _site_family(block: Block) -> str:
-    return type(unwrap(block.sites[0].distribution)[0]).__name__ if len(block.members) == 1 else type(block.family).__name__
+    return (
+        type(unwrap(block.sites[0].distribution)[0]).__name__
+        if len(block.members) == 1
+        else type(block.family).__name__
+    )
 
 
 def _combine_shared(canonical: dict[str, Any], likelihood: Likelihood, blocks_of: Any) -> dict[str, Any]:
@@ -348,8 +364,8 @@ def _combine_shared(canonical: dict[str, Any], likelihood: Likelihood, blocks_of
     if "value" in canonical and "loc" in canonical and likelihood.roles["value"] in (Linear, Vector):
         if blocks_of(canonical["value"]) & blocks_of(canonical["loc"]):
             difference = canonical["loc"] - canonical["value"]
-            zero = torch.zeros(tuple(difference.shape), dtype=difference.dtype, device=difference.device)  # no recorded operand
+            zero = torch.zeros(
+                tuple(difference.shape), dtype=difference.dtype, device=difference.device
+            )  # no recorded operand
             return {**canonical, "loc": difference, "value": zero}
     return canonical
-
-

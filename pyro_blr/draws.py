@@ -52,9 +52,7 @@ class Draws:
                 return moments["mean"].unsqueeze(0)
             shape = moments["mean"].shape
             if name not in self._noise or self._noise[name].shape[1:] != shape:
-                self._draw_noise(
-                    {n: beliefs.moments[n]["mean"] for n in every if is_gaussian(blocks[n].family)}
-                )
+                self._draw_noise({n: beliefs.moments[n]["mean"] for n in every if is_gaussian(blocks[n].family)})
             return gaussian_leaves(moments, self._noise[name])
         if self.size == 0 and not block.is_discrete:
             return mean_leaf(block, moments).unsqueeze(0)

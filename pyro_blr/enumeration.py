@@ -72,7 +72,9 @@ def _broadcasts(
         single = FactorAverage(graph, blocks, plan)
         single.points = {name: {blocks[name].site_names[0]: value} for name, value in drawn.items()}
         expected = single.elementwise(moments, samples)
-        found = _read_off(table, [_states_index(blocks[name], drawn[name]) for name in plan.enumerated], graph.max_plate_nesting)
+        found = _read_off(
+            table, [_states_index(blocks[name], drawn[name]) for name in plan.enumerated], graph.max_plate_nesting
+        )
         if found.numel() > expected.numel() or not _equal(found, expected):
             return False
     return True

@@ -32,16 +32,12 @@ _HESSIAN_DIM = 200  # directions at most for a Hessian; beyond, Price's theorem 
 _SOBOL_DIM = 1024
 
 
-def standard_normal_draws(
-    num_samples: int, dim: int, seed: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def standard_normal_draws(num_samples: int, dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(num_samples, dim) standard normals, antithetic: scrambled Sobol points in the first dims,
     pseudo-random ones beyond.
     """
     half, sobol = (num_samples + 1) // 2, min(dim, _SOBOL_DIM)
-    uniform = torch.quasirandom.SobolEngine(max(sobol, 1), scramble=True, seed=seed).draw(
-        half, dtype=torch.float64
-    )
+    uniform = torch.quasirandom.SobolEngine(max(sobol, 1), scramble=True, seed=seed).draw(half, dtype=torch.float64)
     normal = torch.special.ndtri(uniform[:, :sobol].clamp(1e-12, 1 - 1e-12))
     if dim > sobol:
         generator = torch.Generator().manual_seed(seed)
@@ -99,9 +95,7 @@ def bonnet_price(
     def derivatives(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
         other, tangent = other[0], basis * other[1]
         gradient = grad(function)
-        products = vmap(lambda t: jvp(lambda u: gradient(u, other), (leaf,), (t,))[1], chunk_size=inner)(
-            tangent
-        )
+        products = vmap(lambda t: jvp(lambda u: gradient(u, other), (leaf,), (t,))[1], chunk_size=inner)(tangent)
         return gradient(leaf, other), products if whole else _diagonal_blocks(tangent, products, event)
 
     def one_by_one(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
@@ -121,9 +115,7 @@ def bonnet_price(
     return {**result, "variance": 0.5 * hessian}
 
 
-def _directions(
-    function: Function, leaves: Tensor, others: Any, event: bool, seed: int
-) -> tuple[Tensor, Tensor]:
+def _directions(function: Function, leaves: Tensor, others: Any, event: bool, seed: int) -> tuple[Tensor, Tensor]:
     """Directions (R, *leaf) and signs (S, *batch) for Hessian-vector products from which each batch element's
     block is read.
 
@@ -143,9 +135,9 @@ def _directions(
         return basis, ones
     generator = torch.Generator().manual_seed(seed)
     signs = (
-        torch.randint(
-            0, 2, (leaves.shape[0], *batch, *tail), generator=generator, device="cpu", dtype=torch.int8
-        ).to(leaves)
+        torch.randint(0, 2, (leaves.shape[0], *batch, *tail), generator=generator, device="cpu", dtype=torch.int8).to(
+            leaves
+        )
         * 2
         - 1
     )
@@ -221,9 +213,7 @@ def reparameterised(
         gradients = gradients_at(function, samples.detach().to(leaves_like.dtype), others, elements)
 
         def along(cotangent: Tensor) -> Tensor:
-            return torch.autograd.grad(samples, leaf_natural, cotangent.detach() / count, retain_graph=True)[
-                0
-            ]
+            return torch.autograd.grad(samples, leaf_natural, cotangent.detach() / count, retain_graph=True)[0]
 
         direction = along(gradients.to(samples.dtype))
         if count < 4 * family.num_parameters:

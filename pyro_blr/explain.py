@@ -118,8 +118,7 @@ class Explanation:
             rows.append(f"<tr>{''.join(cells)}</tr>")
         head = "".join(f"<th>{html.escape(heading)}</th>" for heading in HEADINGS)
         remarks = "".join(
-            f"<p><b>{html.escape(title)}</b>: {html.escape('; '.join(lines))}</p>"
-            for title, lines in self._remarks()
+            f"<p><b>{html.escape(title)}</b>: {html.escape('; '.join(lines))}</p>" for title, lines in self._remarks()
         )
         return (
             f"<div><p>{html.escape(self._summary())}</p><table><thead><tr>{head}</tr></thead>"

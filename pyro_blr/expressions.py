@@ -298,7 +298,9 @@ class Tape:
         """Each result comes from its own operand alone."""
         operands = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
         return tuple(
-            self.record(torch.Tensor.expand, (operand, tuple(item.shape)), {}, item) if isinstance(operand, Recorded) else item
+            self.record(torch.Tensor.expand, (operand, tuple(item.shape)), {}, item)
+            if isinstance(operand, Recorded)
+            else item
             for operand, item in zip(operands, result, strict=True)
         )
 
@@ -476,7 +478,12 @@ class Tape:
             left, right = node.args
             if isinstance(left, Input) and isinstance(right, Ref) and self.inputs[left.index].dim() == 2:
                 leaf = self.nodes[right.index]
-                if isinstance(leaf.function, Latent) and leaf.function.name == latent and leaf.shape and len(leaf.shape) == 1:
+                if (
+                    isinstance(leaf.function, Latent)
+                    and leaf.function.name == latent
+                    and leaf.shape
+                    and len(leaf.shape) == 1
+                ):
                     return self.inputs[left.index]
         if node.name in ("add", "sub") and len(node.args) == 2 and not node.kwargs:
             left, right = node.args
@@ -504,7 +511,12 @@ class Tape:
         if isinstance(skeleton, dict):
             return tuple(sorted((key, self._describe(item)) for key, item in skeleton.items()))
         if isinstance(skeleton, slice):
-            return ("slice", self._describe(skeleton.start), self._describe(skeleton.stop), self._describe(skeleton.step))
+            return (
+                "slice",
+                self._describe(skeleton.start),
+                self._describe(skeleton.stop),
+                self._describe(skeleton.step),
+            )
         return repr(skeleton) if getattr(type(skeleton), "__hash__", None) is None else skeleton
 
     def _append(self, node: Node, latents: frozenset[str]) -> None:

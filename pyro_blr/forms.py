@@ -16,7 +16,15 @@ from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probabil
 from pyro_blr.plans import Argument
 from pyro_blr.probe import Probe, close
 
-__all__ = ["UNUSABLE", "allowed_form", "holds_for_other_data", "is_jointly_affine", "mixed_dims", "numerical_at_all_states", "products_of"]
+__all__ = [
+    "UNUSABLE",
+    "allowed_form",
+    "holds_for_other_data",
+    "is_jointly_affine",
+    "mixed_dims",
+    "numerical_at_all_states",
+    "products_of",
+]
 
 _T = TypeVar("_T")
 
@@ -41,7 +49,9 @@ def allowed_form(role: type[Expectation], block: Block, kind: Kind) -> Form | No
     if role is Matrix:
         if isinstance(family, Wishart) and form in (Form.MATRIX, Form.SELECTION):
             return Form.MATRIX if form is Form.SELECTION or kind.power == 1 else None
-        if isinstance(family, Gamma) and (form in (Form.MATRIX, Form.SELECTION) or (form is Form.MONOMIAL and kind.power == 1)):
+        if isinstance(family, Gamma) and (
+            form in (Form.MATRIX, Form.SELECTION) or (form is Form.MONOMIAL and kind.power == 1)
+        ):
             return Form.MATRIX
     return None
 
@@ -109,9 +119,7 @@ def _for_any_data(probe: Probe, ref: Any, find: Callable[[], _T]) -> Iterator[_T
 
 def _affine(probe: Probe, ref: Any, block: Block, a: Tensor, b: Tensor) -> bool:
     start, end = (probe.evaluate(ref, {block.name: point}) for point in (a, b))
-    return all(
-        close(probe.evaluate(ref, {block.name: (1 - t) * a + t * b}), (1 - t) * start + t * end) for t in _STEPS
-    )
+    return all(close(probe.evaluate(ref, {block.name: (1 - t) * a + t * b}), (1 - t) * start + t * end) for t in _STEPS)
 
 
 def _positive_form(probe: Probe, ref: Any, block: Block) -> Form | None:
@@ -239,7 +247,9 @@ def products_of(probe: Probe, argument: Argument, blocks: Sequence[Block]) -> tu
             found.append((a.name, b.name))
     if len(found) >= 3:
         names = sorted({name for pair in found for name in pair})
-        triples = [(x, y, z) for i, x in enumerate(names) for j, y in enumerate(names[i + 1 :], i + 1) for z in names[j + 1 :]]
+        triples = [
+            (x, y, z) for i, x in enumerate(names) for j, y in enumerate(names[i + 1 :], i + 1) for z in names[j + 1 :]
+        ]
         by_name = {block.name: block for block in blocks}
         found += [t for t in triples if _interacts(probe, argument.ref, [by_name[name] for name in t])]
     return tuple(found)

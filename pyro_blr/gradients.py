@@ -168,7 +168,10 @@ def check_guide(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) 
     found = {
         name
         for name, node in of_guide.nodes.items()
-        if node["type"] == "sample" and not node["is_observed"] and not node["infer"].get("is_auxiliary") and not name.startswith("_")
+        if node["type"] == "sample"
+        and not node["is_observed"]
+        and not node["infer"].get("is_auxiliary")
+        and not name.startswith("_")
     }
     unknown = sorted(found - ours)
     if unknown:
@@ -209,7 +212,9 @@ class OrdinaryGradients:
                 break
         reason = "the running mean of the ELBO levelled off" if converged else f"max_steps={max_steps} reached"
         elbo = sum(self.history[-100:]) / len(self.history[-100:])
-        self._fit = GuideFit(self.guide, self.model, args, kwargs, elbo, self.history, converged, reason, len(self.history))
+        self._fit = GuideFit(
+            self.guide, self.model, args, kwargs, elbo, self.history, converged, reason, len(self.history)
+        )
         return self._fit
 
     def posterior(self) -> GuideFit:

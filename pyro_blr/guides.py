@@ -176,8 +176,7 @@ class AutoExponentialFamily(AutoGuide):
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"quantiles: found levels {levels.tolist()}, expected numbers between 0 and 1")
         return {
-            site.name: quantile(q, levels.to(site.device)).to(site.dtype)
-            for site, q in self._marginals(args, kwargs)
+            site.name: quantile(q, levels.to(site.device)).to(site.dtype) for site, q in self._marginals(args, kwargs)
         }
 
     def _marginals(self, args: tuple, kwargs: Mapping[str, Any]) -> Iterable[tuple[Site, Any]]:

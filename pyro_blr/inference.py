@@ -230,9 +230,7 @@ class BLRInference:
 
     def _ascent(self, program: Program) -> Ascent:
         subsamples = program.graph.subsamples
-        naturals = {
-            name: block.select(self.guide.naturals[name], subsamples) for name, block in program.blocks.items()
-        }
+        naturals = {name: block.select(self.guide.naturals[name], subsamples) for name, block in program.blocks.items()}
         ascent = Ascent(program, Beliefs(program.blocks, naturals, self._points), self._last)
         if self._bound is not None and self._bound[0] is program and program.is_exact and not self._points:
             ascent.take_bound(self._bound[1])
@@ -255,7 +253,18 @@ class BLRInference:
 class _all_or_nothing:
     """A step that fails leaves λ, steps, parameters and the random generators as they were."""
 
-    _attributes = ("_points", "_last", "_seen", "_observed", "_ready", "_num_steps", "_history", "_outcome", "_call", "_bound")
+    _attributes = (
+        "_points",
+        "_last",
+        "_seen",
+        "_observed",
+        "_ready",
+        "_num_steps",
+        "_history",
+        "_outcome",
+        "_call",
+        "_bound",
+    )
 
     def __init__(self, engine: BLRInference):
         self.engine = engine
@@ -299,7 +308,11 @@ class _nothing_kept(_all_or_nothing):
 
 
 def _refuse_without_blocks(blocks: Any, init: Any, init_loc_fn: Any) -> None:
-    given = [name for name, value in (("blocks", blocks), ("init", init), ("init_loc_fn", init_loc_fn)) if value not in (None, "auto")]
+    given = [
+        name
+        for name, value in (("blocks", blocks), ("init", init), ("init_loc_fn", init_loc_fn))
+        if value not in (None, "auto")
+    ]
     if given:
         raise ValueError(
             f"{' and '.join(given)}: found beside a guide of your own, expected without one: the guide says how q factorises and where it "

@@ -95,7 +95,9 @@ class Messages:
         """Blocks that share a factor with this one."""
         return {other for name in self.factors_of[block] for other in self.plans[name].blocks} - {block}
 
-    def exact_message(self, block: str, natural: Tensor, moments: Moments, factors: Iterable[str] | None = None) -> Tensor:
+    def exact_message(
+        self, block: str, natural: Tensor, moments: Moments, factors: Iterable[str] | None = None
+    ) -> Tensor:
         """Σ_f s_f ∇_μ E_q[log f] over the block's exact factors, in closed form; shape of λ."""
         factors = [name for name in self.factors_of[block] if self.plans[name].exact] if factors is None else factors
         if self.blocks[block].is_discrete:
@@ -112,7 +114,9 @@ class Messages:
         with torch.no_grad():
             return self.blocks[block].family.message(natural, found)
 
-    def expected_log_prob(self, factors: Iterable[str], moments: Moments, samples: Mapping[str, Tensor] | None = None) -> Tensor:
+    def expected_log_prob(
+        self, factors: Iterable[str], moments: Moments, samples: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Σ_f s_f E_q[log f] over some factors, a float64 scalar."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         replayed = [name for name in factors if self.plans[name].replayed]
@@ -131,7 +135,11 @@ class Messages:
         if replayed:
             tables.append(self.replays.state_scores(replayed, block, moments))
         probs = moments[block]["probs"]
-        return functools.reduce(torch.add, [table.to(probs.dtype) for table in tables]) if tables else torch.zeros_like(probs)
+        return (
+            functools.reduce(torch.add, [table.to(probs.dtype) for table in tables])
+            if tables
+            else torch.zeros_like(probs)
+        )
 
     def average_over(self, factors: Sequence[str], moments: Moments, leaves: Mapping[str, Tensor]) -> Tensor:
         """Σ_f s_f E_q[log f] given each of the stacked draws `leaves`; shape (S,)."""

@@ -32,9 +32,7 @@ def plot_elbo(posterior: Drawable, ax: Any = None) -> Any:
     pyplot = _pyplot()
     history = list(posterior.history)
     if not history:
-        raise ValueError(
-            "the posterior has no history of its ELBO; expected that of a run of at least one step"
-        )
+        raise ValueError("the posterior has no history of its ELBO; expected that of a run of at least one step")
     ax = pyplot.subplots(layout="constrained")[1] if ax is None else ax
     ax.plot(range(1, len(history) + 1), history, marker="." if len(history) < 30 else None)
     ax.set(xlabel="step", ylabel="ELBO (nats)")

@@ -78,9 +78,7 @@ class Posterior:
 
     def _find(self, name: str) -> Block:
         if name not in self._block_of:
-            raise KeyError(
-                f"found site {name!r}, expected a latent site of the model: {list(self._block_of)}"
-            )
+            raise KeyError(f"found site {name!r}, expected a latent site of the model: {list(self._block_of)}")
         return self._blocks[self._block_of[name]]
 
     def __iter__(self) -> Iterator[str]:
@@ -116,14 +114,11 @@ class Posterior:
             mean, covariance = self._entries(blocks[0], names)
         else:
             parts = [
-                self._flat(block, [n for n in names if self._block_of[n] == block.name])
-                for block in _unique(blocks)
+                self._flat(block, [n for n in names if self._block_of[n] == block.name]) for block in _unique(blocks)
             ]
             order = [n for block in _unique(blocks) for n in names if self._block_of[n] == block.name]
             mean, covariance = torch.cat([m for m, _ in parts]), torch.block_diag(*(c for _, c in parts))
-            index = _permutation(order, names, {name: self._size(name, flat=True) for name in names}).to(
-                mean.device
-            )
+            index = _permutation(order, names, {name: self._size(name, flat=True) for name in names}).to(mean.device)
             mean, covariance = mean[index], covariance[index][:, index]
         gaussian = dist.MultivariateNormal(mean, covariance, validate_args=False)
         dtype = blocks[0].dtype
@@ -147,9 +142,7 @@ class Posterior:
         batch, size = mean.shape[:-1].numel(), mean.shape[-1]
         whole = torch.block_diag(*covariance.reshape(batch, size, size)) if batch else mean.new_zeros(0, 0)
         rows = torch.arange(batch * size, device=mean.device).reshape(batch, size)
-        index = torch.cat(
-            [part.flatten() for part in rows.split([self._size(name, flat=False) for name in names], -1)]
-        )
+        index = torch.cat([part.flatten() for part in rows.split([self._size(name, flat=False) for name in names], -1)])
         return mean.flatten()[index], whole[index][:, index]
 
     def _size(self, name: str, flat: bool) -> int:
@@ -253,10 +246,7 @@ class Posterior:
             q = self[name]
             rows.append((name, family, str(tuple(q.batch_shape)), str(tuple(q.event_shape))))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         kind = f" ({self.elbo_kind})" if self.elbo_kind else ""
         head = f"Posterior: elbo {self.elbo:.6g}{kind}, {self.num_steps} steps"
         return "\n".join([head + (f", {self.stop_reason}" if self.stop_reason else ""), *lines])

@@ -58,7 +58,9 @@ class Program:
     plans: Mapping[str, FactorPlan]
     messages: Messages
     sweeps: Sweeps
-    orders: dict[str, int]  # block -> how many derivatives of its sampled factors are to be believed, once that was seen
+    orders: dict[
+        str, int
+    ]  # block -> how many derivatives of its sampled factors are to be believed, once that was seen
 
     @property
     def is_exact(self) -> bool:
@@ -70,7 +72,10 @@ class Program:
 
     def notes(self) -> list[str]:
         """What a user should know about the run besides verdicts."""
-        found = [f"{d.operation} on {' and '.join(sorted(d.latents))} ({d.source}): a latent leaves torch there" for d in self.graph.tape.departures]
+        found = [
+            f"{d.operation} on {' and '.join(sorted(d.latents))} ({d.source}): a latent leaves torch there"
+            for d in self.graph.tape.departures
+        ]
         if self.graph.failure is not None:
             found.append(f"the model cannot be recorded ({self.graph.failure}): it is run again for every draw")
         return list(dict.fromkeys(found))
@@ -137,7 +142,13 @@ class Programs:
         return Program(trace, graph, blocks, messages.plans, messages, Sweeps(_suits_flattening(messages)), orders)
 
     def _messages(
-        self, key: Any, graph: FactorGraph, blocks: Mapping[str, Block], args: tuple, kwargs: Mapping[str, Any], replay: Callable
+        self,
+        key: Any,
+        graph: FactorGraph,
+        blocks: Mapping[str, Block],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        replay: Callable,
     ) -> Messages:
         """Messages under the verdicts of an earlier run of the same structure, or under new ones."""
         if key in self._judged:
@@ -174,9 +185,21 @@ def _structure(graph: FactorGraph) -> tuple:
         described: Any = type(factor.distribution).__name__
         if made is not None:
             outputs += [*made.arguments.values(), made.mask]
-            described = (made.distribution_class, tuple(map(_form, made.arguments.items())), made.batch_shape, made.reinterpreted)
+            described = (
+                made.distribution_class,
+                tuple(map(_form, made.arguments.items())),
+                made.batch_shape,
+                made.reinterpreted,
+            )
         factors.append(
-            (name, described, graph.tape.structure(outputs), tuple(map(_form, enumerate(outputs))), factor.plates, factor.is_observed)
+            (
+                name,
+                described,
+                graph.tape.structure(outputs),
+                tuple(map(_form, enumerate(outputs))),
+                factor.plates,
+                factor.is_observed,
+            )
         )
     sites = tuple((name, site.shape, site.dtype, site.device) for name, site in graph.sites.items())
     return tuple(factors), sites, graph.failure

@@ -67,25 +67,28 @@ TABLE = (
     ),
     Row(
         factor="ZeroInflatedDistribution ZeroInflatedNegativeBinomial ZeroInflatedPoisson",
-        write="whether a count is a structural zero as a Bernoulli site of its own, masking the counts' own "
-        "likelihood",
+        write="whether a count is a structural zero as a Bernoulli site of its own, masking the counts' own likelihood",
     ),
     Row(
-        factor="HalfCauchy", argument="scale",
+        factor="HalfCauchy",
+        argument="scale",
         write="the same HalfCauchy(s) on the squared value: a ~ InverseGamma(1/2, 1/s**2), v ~ "
         "InverseGamma(1/2, 1/a), value = v.sqrt()",
     ),
     # Priors that are no exponential family with closed forms.
     Row(
-        factor="HalfCauchy", prior="HalfCauchy",
+        factor="HalfCauchy",
+        prior="HalfCauchy",
         write=HALF_CAUCHY,
     ),
     Row(
-        factor="HalfNormal", prior="HalfNormal",
+        factor="HalfNormal",
+        prior="HalfNormal",
         write="Gamma on the precision instead of HalfNormal on the scale",
     ),
     Row(
-        factor="Uniform", prior="Uniform",
+        factor="Uniform",
+        prior="Uniform",
         write="Normal instead of Uniform where a location is meant, Beta(1, 1) on (0, 1), Gamma on the "
         "precision for a scale",
     ),
@@ -94,126 +97,178 @@ TABLE = (
         write="Wishart on precision_matrix instead of LKJCholesky and separate scales",
     ),
     Row(
-        factor="Laplace", argument="loc scale value",
+        factor="Laplace",
+        argument="loc scale value",
         write="Normal instead of Laplace; or, for heavy tails, Normal with scale (tau * g).rsqrt(), g ~ "
         "Gamma(df/2, df/2) (a StudentT)",
     ),
     # Scales, precisions and covariances of Gaussians.
     Row(
-        factor=GAUSSIAN, argument=SPREAD, prior="LKJ LKJCholesky",
+        factor=GAUSSIAN,
+        argument=SPREAD,
+        prior="LKJ LKJCholesky",
         write="Wishart on precision_matrix instead of LKJCholesky and separate scales",
     ),
     Row(
-        factor="MultivariateNormal", argument=SPREAD, prior="Wishart",
+        factor="MultivariateNormal",
+        argument=SPREAD,
+        prior="Wishart",
         write="the Wishart site as precision_matrix itself, times a constant matrix at most",
     ),
     Row(
-        factor="MultivariateNormal", argument=SPREAD, prior="InverseWishart",
+        factor="MultivariateNormal",
+        argument=SPREAD,
+        prior="InverseWishart",
         write="Wishart on precision_matrix instead of a prior on the covariance",
     ),
     Row(
-        factor="MultivariateNormal", argument=SPREAD,
+        factor="MultivariateNormal",
+        argument=SPREAD,
         write="Wishart on precision_matrix, or one Gamma times a constant precision_matrix",
     ),
     Row(
-        factor=GAUSSIAN, argument=SPREAD, prior="HalfCauchy",
+        factor=GAUSSIAN,
+        argument=SPREAD,
+        prior="HalfCauchy",
         write=HALF_CAUCHY,
     ),
     Row(
-        factor=GAUSSIAN, argument=SPREAD, prior="Chi2 Gamma", operation=SUMS,
+        factor=GAUSSIAN,
+        argument=SPREAD,
+        prior="Chi2 Gamma",
+        operation=SUMS,
         write="the Gamma site alone as the precision (scale = tau.rsqrt()): a constant or another site "
         "added to it breaks the form",
     ),
     Row(
-        factor=GAUSSIAN, argument=SPREAD, prior="InverseGamma", operation=SUMS,
+        factor=GAUSSIAN,
+        argument=SPREAD,
+        prior="InverseGamma",
+        operation=SUMS,
         write="the InverseGamma site alone as the variance (scale = v.sqrt()): a constant or another site "
         "added to it breaks the form",
     ),
     Row(
-        factor=GAUSSIAN, argument=SPREAD, prior="Chi2 Exponential Gamma",
+        factor=GAUSSIAN,
+        argument=SPREAD,
+        prior="Chi2 Exponential Gamma",
         write="Gamma on the precision (scale = tau.rsqrt()), or InverseGamma on the variance (scale = "
         "v.sqrt()), instead of {prior} on the scale",
     ),
     Row(
-        factor=GAUSSIAN, argument=SPREAD, prior="InverseGamma",
-        write="InverseGamma on the variance (scale = v.sqrt()), or Gamma on the precision (scale = "
-        "tau.rsqrt())",
+        factor=GAUSSIAN,
+        argument=SPREAD,
+        prior="InverseGamma",
+        write="InverseGamma on the variance (scale = v.sqrt()), or Gamma on the precision (scale = tau.rsqrt())",
     ),
     Row(
-        factor=GAUSSIAN, argument=SPREAD, prior=REAL,
+        factor=GAUSSIAN,
+        argument=SPREAD,
+        prior=REAL,
         write="Gamma on the precision (scale = tau.rsqrt()) instead of a scale made from a {prior} site",
     ),
     Row(
-        factor=GAUSSIAN, argument=SPREAD,
+        factor=GAUSSIAN,
+        argument=SPREAD,
         write="Gamma on the precision (scale = tau.rsqrt()) instead of {prior} on the scale",
     ),
     # Locations of Gaussians.
     Row(
-        factor=GAUSSIAN, argument="loc value", prior="Uniform",
+        factor=GAUSSIAN,
+        argument="loc value",
+        prior="Uniform",
         write="Normal on loc instead of Uniform",
     ),
     Row(
-        factor="Normal", argument="loc", prior="Normal", operation=LOGARITHMIC,
+        factor="Normal",
+        argument="loc",
+        prior="Normal",
+        operation=LOGARITHMIC,
         write="LogNormal(loc, scale) with loc affine in the site, instead of Normal around its exponential",
     ),
     Row(
-        factor=GAUSSIAN, argument="loc", prior="LogNormal",
+        factor=GAUSSIAN,
+        argument="loc",
+        prior="LogNormal",
         write="Normal on loc, entering affinely, instead of LogNormal",
     ),
     Row(
-        factor=GAUSSIAN, argument="loc value", prior=POSITIVE,
+        factor=GAUSSIAN,
+        argument="loc value",
+        prior=POSITIVE,
         write="Normal on loc instead of {prior}: only a Gaussian site has closed forms there",
     ),
     # Rates and concentrations.
     Row(
-        factor=f"{COUNTS} Gamma InverseGamma", argument="rate",
-        prior="Chi2 Exponential Gamma InverseGamma", operation=SUMS,
+        factor=f"{COUNTS} Gamma InverseGamma",
+        argument="rate",
+        prior="Chi2 Exponential Gamma InverseGamma",
+        operation=SUMS,
         write="one count for each rate (their sum is then observed through a latent split), or a single "
         "Gamma as the rate: sums are not conjugate",
     ),
     Row(
-        factor=COUNTS, argument="rate", prior="Normal",
+        factor=COUNTS,
+        argument="rate",
+        prior="Normal",
         write="Gamma on the rate instead of exp of a Normal",
     ),
     Row(
-        factor=COUNTS, argument="rate", prior="InverseGamma",
+        factor=COUNTS,
+        argument="rate",
+        prior="InverseGamma",
         write="Gamma on the rate instead of InverseGamma",
     ),
     Row(
-        factor=COUNTS, argument="rate",
+        factor=COUNTS,
+        argument="rate",
         write="Gamma on the rate instead of {prior}",
     ),
     Row(
-        factor="Gamma InverseGamma", argument="rate scale",
+        factor="Gamma InverseGamma",
+        argument="rate scale",
         write="Gamma on the rate instead of {prior}",
     ),
     Row(
-        factor="Gamma InverseGamma", argument="concentration",
+        factor="Gamma InverseGamma",
+        argument="concentration",
         write="a fixed concentration, with Gamma on the rate: a concentration has no conjugate prior here",
     ),
     Row(
-        factor="Beta Dirichlet", argument="concentration concentration0 concentration1",
+        factor="Beta Dirichlet",
+        argument="concentration concentration0 concentration1",
         write="fixed concentrations: they have no conjugate prior here",
     ),
     # Probabilities.
     Row(
-        factor=TRIALS, argument="logits probs", prior="Beta Uniform", operation=f"{PRODUCTS} {SUMS}",
+        factor=TRIALS,
+        argument="logits probs",
+        prior="Beta Uniform",
+        operation=f"{PRODUCTS} {SUMS}",
         write="the Beta site itself, or 1 - it, as probs: a multiple of it or a sum is not conjugate",
     ),
     Row(
-        factor=TRIALS, argument="logits probs", prior=f"{REAL} {POSITIVE}",
+        factor=TRIALS,
+        argument="logits probs",
+        prior=f"{REAL} {POSITIVE}",
         write="Beta on probs instead of {prior} on logits",
     ),
     Row(
-        factor=TRIALS, argument="logits probs", operation=SQUASHING,
+        factor=TRIALS,
+        argument="logits probs",
+        operation=SQUASHING,
         write="Beta on probs instead of a transformed {prior}",
     ),
     Row(
-        factor=STATES, argument="logits probs", prior="Dirichlet", operation=f"{PRODUCTS} {SUMS}",
+        factor=STATES,
+        argument="logits probs",
+        prior="Dirichlet",
+        operation=f"{PRODUCTS} {SUMS}",
         write="the Dirichlet site itself as probs: weighting it or adding to it is not conjugate",
     ),
     Row(
-        factor=STATES, argument="logits probs",
+        factor=STATES,
+        argument="logits probs",
         write="Dirichlet on probs instead of softmax of {prior} logits",
     ),
 )

@@ -93,7 +93,7 @@ def _named_empty_plates() -> Iterator[None]:
             raise
         name = local.get("name") or local["self"].name
         raise ValueError(
-            f"plate {name!r} is empty: found no elements, expected at least one. Check the data that its size or its subsample is taken from"
+            f"plate {name!r} is empty: found no elements, expected at least one. Check the data that its size or subsample is taken from"
         ) from error
 
 
@@ -181,7 +181,9 @@ def _is_delta(distribution: Any) -> bool:
 def isolated_random_state(seed: int | None = None) -> Iterator[None]:
     """Whatever is drawn inside (torch on every device, NumPy, `random`) leaves the global generators as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    devices = (
+        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    )
     try:
         with torch.random.fork_rng(devices=devices):
             if seed is not None:

@@ -21,9 +21,7 @@ _BISECTIONS = 24  # of a line whose sum is doubted: what is smooth is resolved b
 _TOLERANCE = 1e-2
 
 
-def smoothness(
-    function: Callable[[Tensor, Any], Tensor], leaves: Tensor, others: Any, elements: int = 0
-) -> int:
+def smoothness(function: Callable[[Tensor, Any], Tensor], leaves: Tensor, others: Any, elements: int = 0) -> int:
     """2 where ∇f integrates to the differences of f and ∇²f to those of ∇f, on lines between stacked draws; 1
     where only ∇f does; 0 where neither does.  `elements` is as in `batched`.
 
@@ -36,9 +34,7 @@ def smoothness(
     for level in (1, 2):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # `float(z)` of what requires a gradient: that is what we want to know
+                warnings.simplefilter("ignore")  # `float(z)` of what requires a gradient: that is what we want to know
                 if not _integrates(function, start, end - start, _half(others, half), level, elements):
                     return order
         except (
@@ -52,9 +48,7 @@ def smoothness(
     return order
 
 
-def _integrates(
-    function: Callable, start: Tensor, apart: Tensor, others: Any, level: int, elements: int
-) -> bool:
+def _integrates(function: Callable, start: Tensor, apart: Tensor, others: Any, level: int, elements: int) -> bool:
     """Whether φ⁽ᵏ⁾ is the integral of φ⁽ᵏ⁺¹⁾, φ(t) = f(start + t apart), along every line.
 
     Where it is not, the worse half of the line is looked at again: on a piece that is short enough a smooth φ
@@ -93,9 +87,7 @@ def _integrates(
             return True
         if not bool(slopes[wrong].any()):
             return False
-        doubted = (
-            (excess / travelled.clamp_min(1e-300)).nan_to_num(-1.0).topk(min(2, int(wrong.sum()))).indices
-        )
+        doubted = (excess / travelled.clamp_min(1e-300)).nan_to_num(-1.0).topk(min(2, int(wrong.sum()))).indices
         start, apart, others = start[doubted], 0.5 * apart[doubted], _rows(others, doubted)
         start, apart = torch.cat([start, start + apart]), torch.cat([apart, apart])
         others = {key: torch.cat([value, value]) for key, value in others.items()}
@@ -105,9 +97,7 @@ def _integrates(
 def _slope(value: Tensor, t: Tensor, create_graph: bool) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(t)
-    return torch.autograd.grad(
-        value, t, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )[0]
+    return torch.autograd.grad(value, t, create_graph=create_graph, allow_unused=True, materialize_grads=True)[0]
 
 
 def _half(tree: Any, count: int) -> Any:

@@ -125,7 +125,9 @@ def _checked(site: Site, start: Any) -> Any:
     if not bool(torch.as_tensor(site.support.check(value)).all()):
         raise ValueError(f"init of site {site.name!r}: found a value outside its support {site.support}")
     if not site.support.is_discrete and not bool(biject_to(site.support).inv(value).isfinite().all()):
-        raise ValueError(f"init of site {site.name!r}: found a value on the boundary of its support {site.support}, expected one inside")
+        raise ValueError(
+            f"init of site {site.name!r}: found a value on the boundary of its support {site.support}, expected one inside"
+        )
     return value.clone()
 
 

@@ -45,9 +45,7 @@ def take_step(ascent: Ascent, number: int) -> None:
     if draws is None:
         ascent.sweep(names, None, rate)
     else:
-        guarded_sweep(
-            ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names
-        )
+        guarded_sweep(ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names)
 
 
 def _steps_of_a_pass(program: Program) -> float:
@@ -62,9 +60,7 @@ def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> N
         if draws is None:
             ascent.sweep(local)
         else:
-            guarded_sweep(
-                ascent, draws, 1.0, None if ascent.beliefs.points else ascent.finite_estimates(draws), local
-            )
+            guarded_sweep(ascent, draws, 1.0, None if ascent.beliefs.points else ascent.finite_estimates(draws), local)
         if ascent.beliefs.points:
             continue
         bound = ascent.estimate(draws)[0]

@@ -198,15 +198,12 @@ def _decode_family(item: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ex
     if item["name"] == TransformedNormal.__name__:
         family = pushforward_family(_decode(item["support"], tensors), torch.Size(item["event_shape"]))
         if family is None:
-            raise ValueError(
-                f"found support {item['support']}, expected one with a bijection from real vectors"
-            )
+            raise ValueError(f"found support {item['support']}, expected one with a bijection from real vectors")
         return family
     known = {cls.__name__: cls for cls in _subclasses(ExponentialFamily)}
     if item["name"] not in known:
         raise ValueError(
-            f"found family {item['name']!r}, expected one of {sorted(known)}; "
-            "import the module that defines it first"
+            f"found family {item['name']!r}, expected one of {sorted(known)}; import the module that defines it first"
         )
     return known[item["name"]](**options)
 
@@ -230,9 +227,7 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         if getattr(constraints, name) is value:
             return {"constraint": name}
     if type(value).__name__ not in vars(_class_module(value)):
-        raise ValueError(
-            f"found support {value}, expected one of torch's or Pyro's constraints; it cannot be saved"
-        )
+        raise ValueError(f"found support {value}, expected one of torch's or Pyro's constraints; it cannot be saved")
     return {
         "class": type(value).__name__,
         "options": {k: _encode(v, tensors) for k, v in vars(value).items()},
@@ -248,17 +243,13 @@ def _decode(item: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[item["tensor"]]
     if "constraint" in item:
         if item["constraint"] not in _named_constraints():
-            raise ValueError(
-                f"found support {item['constraint']!r}, expected one of torch's or Pyro's constraints"
-            )
+            raise ValueError(f"found support {item['constraint']!r}, expected one of torch's or Pyro's constraints")
         return getattr(constraints, item["constraint"])
     for module in (constraints, torch.distributions.constraints):
         cls = vars(module).get(item["class"])
         if isinstance(cls, type) and issubclass(cls, constraints.Constraint):
             return cls(**{key: _decode(value, tensors) for key, value in item["options"].items()})
-    raise ValueError(
-        f"found support of class {item['class']!r}, expected one of torch's or Pyro's constraints"
-    )
+    raise ValueError(f"found support of class {item['class']!r}, expected one of torch's or Pyro's constraints")
 
 
 def _class_module(value: Any) -> Any:
@@ -267,6 +258,4 @@ def _class_module(value: Any) -> Any:
 
 
 def _named_constraints() -> list[str]:
-    return [
-        name for name in constraints.__all__ if isinstance(getattr(constraints, name), constraints.Constraint)
-    ]
+    return [name for name in constraints.__all__ if isinstance(getattr(constraints, name), constraints.Constraint)]

@@ -81,7 +81,12 @@ def summarise(
     else:
         scaled = weight * coefficient.to(wide)
     count = weight.expand(shape).sum()
-    constant = 0.5 * ((coefficient.to(wide).log() - torch.log(torch.tensor(2 * torch.pi, dtype=wide))) * weight).expand(shape).sum()
+    constant = (
+        0.5
+        * ((coefficient.to(wide).log() - torch.log(torch.tensor(2 * torch.pi, dtype=wide))) * weight)
+        .expand(shape)
+        .sum()
+    )
     slices, start = {}, 0
     for name, column in columns.items():
         slices[name] = slice(start, start + column.shape[0])
@@ -105,7 +110,11 @@ def _accumulate(
     square = torch.zeros((), dtype=wide, device=residual.device)
     for start in range(0, total, _ROWS):
         stop = min(start + _ROWS, total)
-        rows = torch.cat([c[:, start:stop].mT.to(wide) for c in flat], -1) if len(flat) > 1 else flat[0][:, start:stop].mT.to(wide)
+        rows = (
+            torch.cat([c[:, start:stop].mT.to(wide) for c in flat], -1)
+            if len(flat) > 1
+            else flat[0][:, start:stop].mT.to(wide)
+        )
         r = residual[start:stop].to(wide)
         weighted = rows if row_weights is None else rows * row_weights[start:stop, None]
         gram.addmm_(weighted.mT, rows)

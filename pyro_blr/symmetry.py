@@ -93,9 +93,7 @@ def _mixtures(ascent: Ascent) -> list[_Mixture]:
         if not components:
             continue
         mine = _Mixture((name,), tuple(components), block.num_states)
-        for other in [
-            m for m in found if m.num_states == mine.num_states and set(m.components) & set(mine.components)
-        ]:
+        for other in [m for m in found if m.num_states == mine.num_states and set(m.components) & set(mine.components)]:
             found.remove(other)
             shared = tuple(dict.fromkeys(other.components + mine.components))
             mine = _Mixture(other.discrete + mine.discrete, shared, mine.num_states)
@@ -158,9 +156,9 @@ def _draw(weights: Tensor) -> int:
     weights = weights if bool(weights.sum() > 0) else torch.ones_like(weights)
     if len(weights) >= 2**24:  # more than torch.multinomial takes
         return int(
-            torch.searchsorted(
-                weights.cumsum(0), weights.sum() * torch.rand((), dtype=weights.dtype)
-            ).clamp_max(len(weights) - 1)
+            torch.searchsorted(weights.cumsum(0), weights.sum() * torch.rand((), dtype=weights.dtype)).clamp_max(
+                len(weights) - 1
+            )
         )
     return int(torch.multinomial(weights, 1))
 
@@ -186,9 +184,7 @@ def _scatter(ascent: Ascent) -> None:
     for name, block in ascent.program.blocks.items():
         if block.is_discrete and block.batch_shape.numel() > 1 and not _components(ascent, name):
             if any(plans[f].sampled for f in _factors(ascent, name)):
-                scores = torch.randn((*block.batch_shape, block.num_states), dtype=torch.float64).to(
-                    block.device
-                )
+                scores = torch.randn((*block.batch_shape, block.num_states), dtype=torch.float64).to(block.device)
                 _set_probabilities(ascent, name, scores.softmax(-1))
 
 
@@ -207,9 +203,7 @@ def _set_probabilities(ascent: Ascent, name: str, probs: Tensor) -> None:
 def _saddle_blocks(ascent: Ascent) -> list[str]:
     """Gaussian blocks that multiply each other: with all means at zero no message moves them."""
     plans = ascent.program.plans.values()
-    multiplied = {
-        name for plan in plans for argument in plan.arguments for pair in argument.products for name in pair
-    }
+    multiplied = {name for plan in plans for argument in plan.arguments for pair in argument.products for name in pair}
     for plan in plans:
         gaussian = [name for name in plan.sampled if is_gaussian(ascent.program.blocks[name].family)]
         if len(gaussian) > 1 and plan.factor.is_observed:
@@ -221,9 +215,7 @@ def _randomise_mean(ascent: Ascent, name: str) -> None:
     """Moves a Gaussian's mean by a standard deviation of its own (one at most) times noise."""
     beliefs, block = ascent.beliefs, ascent.program.blocks[name]
     moments = block.family.moments(beliefs.naturals[name])
-    variance = (
-        moments["variance"] if "variance" in moments else moments["covariance"].diagonal(dim1=-2, dim2=-1)
-    )
+    variance = moments["variance"] if "variance" in moments else moments["covariance"].diagonal(dim1=-2, dim2=-1)
     mean = moments["mean"]
     noise = torch.randn(mean.shape, dtype=mean.dtype).to(mean.device)
     shifted = mean + variance.clamp(max=1.0).sqrt() * noise

@@ -20,9 +20,7 @@ from pyro_blr.together import gaussian_natural, moved_together
 
 __all__ = ["Targets"]
 
-_REPLAYED_STATES = (
-    64  # runs of the model that enumerating a discrete block may take for one draw of the others
-)
+_REPLAYED_STATES = 64  # runs of the model that enumerating a discrete block may take for one draw of the others
 _REPLAYED_RUNS = 512  # and for all draws together
 
 
@@ -70,9 +68,7 @@ class Targets:
         def gradient(m: Tensor) -> Tensor:
             leaf = m.detach().requires_grad_()
             with torch.enable_grad():
-                total = self.messages.expected_log_prob(
-                    factors, {**beliefs.moments, name: {**moments, "mean": leaf}}
-                )
+                total = self.messages.expected_log_prob(factors, {**beliefs.moments, name: {**moments, "mean": leaf}})
                 return torch.autograd.grad(total, leaf)[0].double()
 
         base = gradient(torch.zeros_like(mean))
@@ -123,22 +119,17 @@ class Targets:
         leaves = draws.leaves(self.blocks, drawn, beliefs, self._every)
         count = max((leaf.shape[0] for leaf in leaves.values()), default=1)
         return {
-            b: leaf if leaf.shape[0] == count else leaf[:1].expand(count, *leaf.shape[1:])
-            for b, leaf in leaves.items()
+            b: leaf if leaf.shape[0] == count else leaf[:1].expand(count, *leaf.shape[1:]) for b, leaf in leaves.items()
         }
 
-    def _given_draws(
-        self, name: str, beliefs: Beliefs, factors: list[str], leaves: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _given_draws(self, name: str, beliefs: Beliefs, factors: list[str], leaves: Mapping[str, Tensor]) -> Tensor:
         """Closed form in this block for each draw of the others; the average over the draws."""
         moments = {key: value.detach().requires_grad_() for key, value in beliefs.moments[name].items()}
         with torch.enable_grad():
             total = self.messages.average_over(factors, {**beliefs.moments, name: moments}, leaves).mean()
             gradients = torch.autograd.grad(total, list(moments.values()), allow_unused=True)
         found = {key: g for key, g in zip(moments, gradients, strict=True) if g is not None}
-        return self.blocks[name].family.message(
-            beliefs.naturals[name], {k: g.double() for k, g in found.items()}
-        )
+        return self.blocks[name].family.message(beliefs.naturals[name], {k: g.double() for k, g in found.items()})
 
     def _through_draws(
         self, name: str, beliefs: Beliefs, factors: list[str], leaves: Mapping[str, Tensor], draws: Draws
@@ -231,9 +222,7 @@ class Targets:
         for name, leaf in leaves.items():
             block = self.blocks[name]
             if block.log_jacobian(leaf[0]) is not None:
-                jacobian = batched(
-                    lambda u, _, block=block: block.log_jacobian(u).sum(dtype=torch.float64), leaf, {}
-                )
+                jacobian = batched(lambda u, _, block=block: block.log_jacobian(u).sum(dtype=torch.float64), leaf, {})
                 values = values + block.scale * jacobian
             if controlled and name in self._controls:
                 values = values - self._control(name, beliefs, leaf)
@@ -251,9 +240,7 @@ class Targets:
         apart = leaf - moments["mean"]
         key = "covariance" if "covariance" in control else "variance"
         gradient = control[key]
-        bent = (
-            torch.einsum("...ij,s...j->s...i", gradient, apart) if key == "covariance" else apart * gradient
-        )
+        bent = torch.einsum("...ij,s...j->s...i", gradient, apart) if key == "covariance" else apart * gradient
         value = apart * (control["mean"] + bent)
         return value.reshape(leaf.shape[0], -1).sum(-1, dtype=torch.float64) - (gradient * moments[key]).sum(
             dtype=torch.float64
@@ -269,9 +256,7 @@ class Targets:
         )
         exact = [f for f in self.messages.factors_of[name] if self.messages.plans[f].exact]
         total = self.messages.expected_log_prob(exact, narrow.wide)
-        return float(
-            total + self.sampled_bound(narrow, Draws(0, 0), self.messages.sampled_factors(name)).mean()
-        )
+        return float(total + self.sampled_bound(narrow, Draws(0, 0), self.messages.sampled_factors(name)).mean())
 
 
 def _at(tree: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

@@ -34,9 +34,7 @@ def moved_together(family: ExponentialFamily, mean: Tensor, target: Tensor, hess
     return gaussian_natural(family, (mean + step).to(target.dtype), wanted, target)
 
 
-def gaussian_natural(
-    family: ExponentialFamily, mean: Tensor, moments: Mapping[str, Tensor], like: Tensor
-) -> Tensor:
+def gaussian_natural(family: ExponentialFamily, mean: Tensor, moments: Mapping[str, Tensor], like: Tensor) -> Tensor:
     """λ with a given mean and the covariance of `moments`; `like` has that covariance's second part."""
     if "covariance" in moments:
         precision = torch.linalg.inv(moments["covariance"])

@@ -87,9 +87,7 @@ def random_belief(block: Block, generator: torch.Generator) -> Belief:
     if isinstance(family, families.MultivariateNormal):
         d = family.event_shape[0]
         root = uniform(-0.4, 0.4, d, d)
-        q: Any = dist.MultivariateNormal(
-            uniform(-1, 1, d), root @ root.mT + torch.diag_embed(uniform(0.1, 0.6, d))
-        )
+        q: Any = dist.MultivariateNormal(uniform(-1, 1, d), root @ root.mT + torch.diag_embed(uniform(0.1, 0.6, d)))
     elif isinstance(family, families.LogNormal):
         q = dist.LogNormal(uniform(-0.5, 0.5), uniform(0.2, 0.6))
     elif isinstance(family, families.Normal):
@@ -116,9 +114,7 @@ def random_belief(block: Block, generator: torch.Generator) -> Belief:
     flat = _flattened(q, batch)
     kind = type(flat).__name__
     site = block.sites[0]
-    return Belief(
-        natural, flat, kind, block.states if block.is_discrete else None, site.shape, site.dtype, to_value
-    )
+    return Belief(natural, flat, kind, block.states if block.is_discrete else None, site.shape, site.dtype, to_value)
 
 
 def _flattened(q: Any, batch: torch.Size) -> Any:
@@ -135,10 +131,7 @@ def _flattened(q: Any, batch: torch.Size) -> Any:
         "Categorical": ("probs",),
     }[type(q).__name__]
     return type(q)(
-        **{
-            name: getattr(q, name).flatten(0, len(batch) - 1) if batch else getattr(q, name)[None]
-            for name in arguments
-        }
+        **{name: getattr(q, name).flatten(0, len(batch) - 1) if batch else getattr(q, name)[None] for name in arguments}
     )
 
 
@@ -216,9 +209,7 @@ def _wishart_nodes(q: Any, order: int) -> tuple[Tensor, Tensor]:
     c1, w1 = _gamma_nodes(dist.Gamma(q.df / 2, half), order)
     c2, w2 = _gamma_nodes(dist.Gamma((q.df - 1) / 2, half), order)
     x, w = _hermite(5)
-    i, j, k = torch.cartesian_prod(torch.arange(len(w1)), torch.arange(len(w2)), torch.arange(len(x))).unbind(
-        -1
-    )
+    i, j, k = torch.cartesian_prod(torch.arange(len(w1)), torch.arange(len(w2)), torch.arange(len(x))).unbind(-1)
     zero = torch.zeros_like(c1[i])
     bartlett = torch.stack([c1[i].sqrt(), zero, x[k][:, None] + zero, c2[j].sqrt()], -1).unflatten(-1, (2, 2))
     root = torch.linalg.cholesky(q.covariance_matrix) @ bartlett
@@ -297,11 +288,7 @@ class LogProb:
         dtype: torch.dtype = torch.float64,
     ):
         self.model, self.factor, self.beliefs, self.dtype = model, factor, beliefs, dtype
-        others = {
-            name: belief.value(leaf)[0]
-            for name, belief in beliefs.items()
-            for leaf in [belief.nodes(1)[0][:1]]
-        }
+        others = {name: belief.value(leaf)[0] for name, belief in beliefs.items() for leaf in [belief.nodes(1)[0][:1]]}
         self.fixed = {**others, **fixed}
 
     def __call__(self, leaves: Mapping[str, Tensor]) -> Tensor:
@@ -394,8 +381,7 @@ def _dependence(
         elements = beliefs[name].elements
         other = _random_leaves(beliefs, [name], 2 * count)[name].unflatten(0, (2, count))
         copies = {
-            k: v.repeat(2 * elements, *[1] * (v.dim() - 1)).unflatten(0, (2, elements, count))
-            for k, v in base.items()
+            k: v.repeat(2 * elements, *[1] * (v.dim() - 1)).unflatten(0, (2, elements, count)) for k, v in base.items()
         }
         mine = copies[name].clone()
         for element in range(elements):
@@ -483,10 +469,7 @@ class _Quadrature:
             raise _TooLarge
         index = torch.unravel_index(torch.arange(math.prod(sizes)), sizes) if sizes else ()
         leaves = {
-            n: self.beliefs[n]
-            .nodes(1)[0][:1]
-            .expand(math.prod(sizes), *self.beliefs[n].nodes(1)[0].shape[1:])
-            .clone()
+            n: self.beliefs[n].nodes(1)[0][:1].expand(math.prod(sizes), *self.beliefs[n].nodes(1)[0].shape[1:]).clone()
             for n in self.continuous
         }
         for (name, elements), (nodes, _), position in zip(colours, parts, index, strict=True):
@@ -507,9 +490,7 @@ class _Quadrature:
         statistic = self.beliefs[name].statistics(nodes) - self.fisher[name][0]
         for element in elements:
             f = marginal[:, table[element]].sum(-1)
-            self.covariances[name][element] += torch.einsum(
-                "n,n,np->p", weights[:, element], f, statistic[:, element]
-            )
+            self.covariances[name][element] += torch.einsum("n,n,np->p", weights[:, element], f, statistic[:, element])
 
 
 def _contracted(values: Tensor, weights: list[Tensor], kept: int | None) -> Tensor:

@@ -556,9 +556,7 @@ def reparameterised():
 def observed_inside_a_block():
     z = z_site()
     with poutine.block(hide=["hidden"]):
-        pyro.sample(
-            "hidden", dist.Normal(z, 1.0), obs=torch.tensor(5.0)
-        )  # a block hides: no factor, as under SVI
+        pyro.sample("hidden", dist.Normal(z, 1.0), obs=torch.tensor(5.0))  # a block hides: no factor, as under SVI
     observe(z)
 
 
@@ -831,9 +829,7 @@ class Regression(PyroModule):
         self.linear.weight = PyroSample(
             dist.Normal(torch.zeros((), dtype=torch.float64), 1.0).expand([1, 2]).to_event(2)
         )
-        self.linear.bias = PyroSample(
-            dist.Normal(torch.zeros((), dtype=torch.float64), 1.0).expand([1]).to_event(1)
-        )
+        self.linear.bias = PyroSample(dist.Normal(torch.zeros((), dtype=torch.float64), 1.0).expand([1]).to_event(1))
 
     def forward(self):
         observe(self.linear(INPUTS).squeeze(-1))
@@ -1012,11 +1008,7 @@ def convolved():
 
 @idiom("exact")
 def solved():
-    observe(
-        torch.linalg.solve(
-            torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.5, 1.0]]), z_site(shape=(3,))
-        )
-    )
+    observe(torch.linalg.solve(torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.5, 1.0]]), z_site(shape=(3,))))
 
 
 @idiom("exact")

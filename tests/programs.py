@@ -132,11 +132,7 @@ class _Writer:
     def reach(self, sort: str, level: str) -> Expression | None:
         """One element (or event) of a latent of a sort for each element of a level, or None where
         there is none."""
-        found = [
-            e
-            for latent in self.latents
-            if latent.sort == sort and (e := self.element(latent, level)) is not None
-        ]
+        found = [e for latent in self.latents if latent.sort == sort and (e := self.element(latent, level)) is not None]
         return self.pick(found) if found else None
 
     def element(self, latent: Latent, level: str) -> Expression | None:
@@ -146,9 +142,7 @@ class _Writer:
         if not latent.components:
             return Expression(name, {name: True})
         states = [
-            z
-            for z in self.latents
-            if z.sort in ("state", "bit") and not z.components and set(z.level) <= set(level)
+            z for z in self.latents if z.sort in ("state", "bit") and not z.components and set(z.level) <= set(level)
         ]
         if states and not self.chance(3):
             z = self.pick(states)
@@ -240,9 +234,7 @@ class _Writer:
             "F.linear({x}, {w})",
             "torch.matmul({x}, {w})",
         ]
-        return Expression(
-            self.pick(forms[:-2] + forms[-1:] if level == "" else forms).format(x=x, w=w), {w: True}
-        )
+        return Expression(self.pick(forms[:-2] + forms[-1:] if level == "" else forms).format(x=x, w=w), {w: True})
 
     def difference(self, level: str) -> Expression | None:
         vectors = self.among("real", True)
@@ -250,11 +242,7 @@ class _Writer:
             return None
         self.features.add("sum")
         w = self.pick(vectors).name
-        i, j = (
-            ("0", "1")
-            if level == ""
-            else (self.data(SHAPES[level], "index"), self.data(SHAPES[level], "index"))
-        )
+        i, j = ("0", "1") if level == "" else (self.data(SHAPES[level], "index"), self.data(SHAPES[level], "index"))
         return Expression(
             self.pick([f"({w}[{i}] - {w}[{j}])", f"{w}.sum()", f"{w}.mean() * 0.5", f"{w}.cumsum(-1)[{i}]"]),
             {w: True},
@@ -323,9 +311,7 @@ class _Writer:
             return (
                 None
                 if v is None
-                else Expression(
-                    self.pick(["(1 / {v})", "{v}.reciprocal()", "{v} ** -1"]).format(v=v.text), v.sites
-                )
+                else Expression(self.pick(["(1 / {v})", "{v}.reciprocal()", "{v} ** -1"]).format(v=v.text), v.sites)
             )
         return self.reach("tau", level)
 
@@ -391,9 +377,7 @@ class _Writer:
             self.features.add("logits")
             return "logits", Expression(f"{t.text}.log()", t.sites)
         return "probs", Expression(
-            self.pick(["{t}", "{t}", "{t}.flip(-1)", "torch.stack([{t}[..., 1], {t}[..., 0]], -1)"]).format(
-                t=t.text
-            ),
+            self.pick(["{t}", "{t}", "{t}.flip(-1)", "torch.stack([{t}[..., 1], {t}[..., 0]], -1)"]).format(t=t.text),
             t.sites,
         )
 
@@ -521,12 +505,7 @@ class _Writer:
             }.get(sort, sort[0])
         )
         text, parts, own = getattr(self, f"new_{sort}")(level)
-        if (
-            components
-            and sort in ("real", "tau", "variance", "unit", "lognormal")
-            and self.chance(2)
-            and not parts
-        ):
+        if components and sort in ("real", "tau", "variance", "unit", "lognormal") and self.chance(2) and not parts:
             self.features.add("event")
             self.statement(name, level, f"{text}.expand([{K}]).to_event(1)", parts, own, None, False)
         else:
@@ -668,14 +647,10 @@ class _Writer:
             f'    n = pyro.plate("n", {6 if subsample else 3}{subsample}, dim=-1)',
             f'    k = pyro.plate("k", {K}, dim=-1)',
         ]
-        plates = [
-            line for line in plates if any(f"with {line[4]}" in x or f", {line[4]}" in x for x in self.lines)
-        ]
+        plates = [line for line in plates if any(f"with {line[4]}" in x or f", {line[4]}" in x for x in self.lines)]
         source = "\n".join([*self.header, "", "", "def model():", *plates, *self.lines, ""])
         single = self.chance(15)
-        return Written(
-            source, self.pairs, frozenset(self.features), torch.float32 if single else torch.float64
-        )
+        return Written(source, self.pairs, frozenset(self.features), torch.float32 if single else torch.float64)
 
 
 def _all_of(parts: Sequence[Expression]) -> Sites:

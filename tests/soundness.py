@@ -81,9 +81,7 @@ def check_messages(model: Callable, dtype: torch.dtype, found: Program, seed: in
         if not plan.exact or not plan.blocks:
             continue
         bound = found.messages.expected_log_prob([name], state.moments)
-        messages = {
-            b: found.messages.exact_message(b, beliefs[b].natural, state.moments, [name]) for b in plan.blocks
-        }
+        messages = {b: found.messages.exact_message(b, beliefs[b].natural, state.moments, [name]) for b in plan.blocks}
         problem = _against_definition(model, dtype, name, found, beliefs, bound, messages, seed, report)
         if problem:
             report.unsound.append(f"{name}: {problem}")

@@ -121,7 +121,7 @@ MAX_LINES, MAX_FUNCTION_LINES = 300, 50
 LONG_FILES = {
     "pyro_blr/arguments.py": 360,
     "pyro_blr/blocks.py": 330,
-    "pyro_blr/conjugacy.py": 370,
+    "pyro_blr/conjugacy.py": 380,
     "pyro_blr/expressions.py": 590,
     "pyro_blr/inference.py": 340,
     "pyro_blr/maps.py": 340,
@@ -191,9 +191,7 @@ def test_every_module_has_a_layer_and_a_docstring(path: Path) -> None:
 
 def test_the_page_on_how_it_works_names_every_layer() -> None:
     page = (ROOT / "docs" / "how-it-works.md").read_text()
-    present = [
-        path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
-    ]
+    present = [path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     names = [name if name.endswith(".py") else f"{name}/" for name in present if not name.startswith("__")]
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 

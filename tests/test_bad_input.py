@@ -325,9 +325,7 @@ CASES = [
         ValueError,
         r"found \['a'\], expected \['a', 'b'\]",
     ),
-    Case(
-        "one site more", several, (["a"],), (["a", "b"],), ValueError, r"found \['a', 'b'\], expected \['a'\]"
-    ),
+    Case("one site more", several, (["a"],), (["a", "b"],), ValueError, r"found \['a', 'b'\], expected \['a'\]"),
     Case(
         "a site of another shape",
         sized,
@@ -379,9 +377,7 @@ CASES = [
         r"which statements the model makes depends on its latents \(.* on k, test_bad_input.py:\d+\): "
         r"found \['extra'\]",
     ),
-    Case(
-        "one name twice", twice, (["a", "b"],), (["a", "a"],), RuntimeError, "Multiple sample sites named 'a'"
-    ),
+    Case("one name twice", twice, (["a", "b"],), (["a", "a"],), RuntimeError, "Multiple sample sites named 'a'"),
     Case("a discrete site without end", uncountable, (torch.tensor(2.0),), (None,), ValueError, "site 'k'"),
     # densities
     Case(
@@ -390,8 +386,7 @@ CASES = [
         (dist.Normal(torch.tensor(0.0), 1.0),),
         (dist.Normal(torch.tensor(0.0), torch.tensor(0.0), validate_args=False),),
         ValueError,
-        "(factor|site) 'm': found (an expected log density of nan|NaN or infinite messages).*, "
-        "expected .*finite",
+        "(factor|site) 'm': found (an expected log density of nan|NaN or infinite messages).*, expected .*finite",
     ),
     Case(
         "a likelihood of zero",
@@ -531,9 +526,7 @@ AT_THE_START = [
         r"blocks names 'zz', which is no latent site of the model; it has \['m', 'tau'\]",
         {"blocks": [["m", "zz"]]},
     ),
-    Case(
-        "blocks of an observed site", line, (), (Y,), ValueError, "blocks names 'x'", {"blocks": [["m", "x"]]}
-    ),
+    Case("blocks of an observed site", line, (), (Y,), ValueError, "blocks names 'x'", {"blocks": [["m", "x"]]}),
     Case(
         "blocks that overlap",
         line,
@@ -583,9 +576,7 @@ def everything(engine: BLRInference) -> dict[str, Any]:
         "history": list(engine.posterior.history) if engine._ready else [],
         "steps": engine.posterior.num_steps if engine._ready else 0,
         "parameters": {name: store[name].detach().clone() for name in store.keys()},
-        "optimiser": repr([single.state_dict() for single in optim.optim_objs.values()])
-        if optim is not None
-        else "",
+        "optimiser": repr([single.state_dict() for single in optim.optim_objs.values()]) if optim is not None else "",
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state()[1].copy(),
         "python": random.getstate(),
@@ -665,9 +656,7 @@ BETWEEN_STEPS = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name not in BETWEEN_STEPS] + AT_THE_START, ids=name_of
-)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in BETWEEN_STEPS] + AT_THE_START, ids=name_of)
 def test_at_the_first_step_nothing_changes(case):
     engine = new_engine(case)
     refused(case, engine, "step")
@@ -698,8 +687,7 @@ def test_there_are_enough_cases():
             (),
             (Y[0],),
             ImproperPosteriorError,
-            "site 'm': its factors add up to no proper distribution of the family Normal.*give the "
-            "site a proper prior",
+            "site 'm': its factors add up to no proper distribution of the family Normal.*give the site a proper prior",
         ),
         Case(
             "a density that grows",

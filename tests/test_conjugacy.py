@@ -222,9 +222,7 @@ TABLE: dict[str, tuple[Model, str]] = {
     "StudentT": (rows(lambda: dist.StudentT(4.0, z(), 1.0)), "z =, y x"),
     "branch on a latent": (branch, "z =, y x"),
     "condition": (
-        poutine.condition(
-            rows(lambda: dist.Normal(z(), tau().rsqrt())), {"t": torch.tensor(2.0, dtype=torch.float64)}
-        ),
+        poutine.condition(rows(lambda: dist.Normal(z(), tau().rsqrt())), {"t": torch.tensor(2.0, dtype=torch.float64)}),
         "z =, y =",
     ),
     "block": (poutine.block(rows(lambda: dist.Normal(z(), 1.0)), hide=["elsewhere"]), "z =, y ="),

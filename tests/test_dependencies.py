@@ -54,9 +54,7 @@ def latents(model: Callable) -> dict[str, dict]:
     return {
         name: node
         for name, node in run(model, {}).nodes.items()
-        if node["type"] == "sample"
-        and not node["is_observed"]
-        and not isinstance(node["fn"], (_Subsample, dist.Delta))
+        if node["type"] == "sample" and not node["is_observed"] and not isinstance(node["fn"], (_Subsample, dist.Delta))
     }
 
 
@@ -81,9 +79,7 @@ def gaussian_optimum(model: Callable) -> dict[str, tuple[torch.Tensor, torch.Ten
     assert abs(at(far) - float(quadratic)) < 1e-5 * max(1.0, abs(base)), "the log joint is not quadratic"
     mean = torch.linalg.solve(precision, slope)
     found = {}
-    for (name, shape), part, own in zip(
-        shapes.items(), mean.split(sizes), torch.arange(dim).split(sizes), strict=True
-    ):
+    for (name, shape), part, own in zip(shapes.items(), mean.split(sizes), torch.arange(dim).split(sizes), strict=True):
         sd = torch.linalg.inv(precision[own][:, own]).diagonal().sqrt()
         found[name] = (part.reshape(shape), sd.reshape(shape))
     return found
@@ -93,10 +89,7 @@ def enumerated_optimum(model: Callable) -> dict[str, torch.Tensor]:
     """Probabilities of states in the best product over sites; the posterior where there is one site."""
     states = {name: node["fn"].enumerate_support() for name, node in latents(model).items()}
     table = torch.tensor(
-        [
-            log_joint(model, dict(zip(states, choice, strict=True)))
-            for choice in itertools.product(*states.values())
-        ]
+        [log_joint(model, dict(zip(states, choice, strict=True))) for choice in itertools.product(*states.values())]
     ).reshape([len(s) for s in states.values()])
     q = [torch.softmax(torch.zeros(n), -1) for n in table.shape]
     for _ in range(500):

@@ -39,9 +39,7 @@ def script(
     return svi
 
 
-def predict(
-    model: Callable, svi: Any, *args: Any, sites: list[str], num_samples: int = 200
-) -> dict[str, Tensor]:
+def predict(model: Callable, svi: Any, *args: Any, sites: list[str], num_samples: int = 200) -> dict[str, Tensor]:
     return_sites = None if "_RETURN" not in sites else sites
     drawn = Predictive(model, guide=svi.guide, num_samples=num_samples, return_sites=return_sites)(*args)
     for site in sites:
@@ -77,9 +75,7 @@ def test_scale_conditioned() -> None:
 
     conditioned = poutine.condition(scale, data={"measurement": torch.tensor(9.5)})
     svi = script(conditioned, 8.5, steps=2)
-    assert float(svi.posterior["weight"].mean) == pytest.approx(
-        (8.5 + 9.5 / 0.5625) / (1 + 1 / 0.5625), abs=1e-10
-    )
+    assert float(svi.posterior["weight"].mean) == pytest.approx((8.5 + 9.5 / 0.5625) / (1 + 1 / 0.5625), abs=1e-10)
     predict(scale, svi, 8.5, sites=["weight", "measurement"])
 
 
@@ -189,9 +185,7 @@ def test_lda_with_subsampled_documents() -> None:
                 probs = Vindex(topic_words)[..., word_topics, :]
                 pyro.sample("doc_words", dist.Categorical(probs), obs=words[:, index])
 
-    svi = script(
-        model, words, steps=20, optim=ClippedAdam({"lr": 0.01}), loss=TraceEnum_ELBO(max_plate_nesting=2)
-    )
+    svi = script(model, words, steps=20, optim=ClippedAdam({"lr": 0.01}), loss=TraceEnum_ELBO(max_plate_nesting=2))
     found = svi.posterior["topic_words"].mean
     found = found if found[0, 0] > found[1, 0] else found.flip(0)
     assert float((found - topics).abs().max()) < 0.12
@@ -380,9 +374,7 @@ def test_conditioned_and_blocked() -> None:
     assert float(svi.posterior["b"].mean) == pytest.approx(2.0, abs=1e-12)
     drawn = predict(model, svi, sites=["b"])
     assert "a" in drawn  # the unconditioned model draws it
-    hidden = poutine.block(
-        pyro.condition(model, data={"c": torch.tensor(3.0), "b": torch.tensor(1.0)}), hide=["c"]
-    )
+    hidden = poutine.block(pyro.condition(model, data={"c": torch.tensor(3.0), "b": torch.tensor(1.0)}), hide=["c"])
     alone = script(hidden, steps=2)
     assert float(alone.posterior["a"].mean) == pytest.approx(0.5, abs=1e-12)
 

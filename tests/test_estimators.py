@@ -24,9 +24,7 @@ from pyro_blr.estimators import (
 )
 
 GAUSSIAN = ["Normal", "MultivariateNormal", "MultivariateNormal precision", "LogNormal", *SUPPORTS]
-CONTINUOUS = [
-    n for n in DISTRIBUTIONS if n in ("Gamma", "Exponential", "Chi2", "InverseGamma", "Beta", "Dirichlet")
-]
+CONTINUOUS = [n for n in DISTRIBUTIONS if n in ("Gamma", "Exponential", "Chi2", "InverseGamma", "Beta", "Dirichlet")]
 CONTINUOUS += ["Uniform", "Wishart precision", "Wishart"]
 DISCRETE = ["Bernoulli", "Categorical", "OneHotCategorical"]
 
@@ -55,9 +53,7 @@ def five_standard_errors(estimates: Tensor, expected: Tensor, floor: float = 1e-
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("name", [n for n in GAUSSIAN if n != "LogNormal"])
-def test_bonnet_price_has_no_error_on_linear_functions_of_the_statistics(
-    name: str, batch: tuple[int, ...]
-) -> None:
+def test_bonnet_price_has_no_error_on_linear_functions_of_the_statistics(name: str, batch: tuple[int, ...]) -> None:
     family, natural, _ = make(name, batch)
     family = gaussian_of(family)
     target = torch.randn_like(natural)
@@ -102,9 +98,7 @@ def test_elements_that_interact_have_their_own_blocks_of_the_hessian() -> None:
     would add 2 E f.
     """
     family, natural, _ = make("Normal", (3,))
-    natural = family.from_distribution(
-        torch.distributions.Normal(torch.zeros(3), torch.tensor([0.2, 0.3, 0.4]))
-    )
+    natural = family.from_distribution(torch.distributions.Normal(torch.zeros(3), torch.tensor([0.2, 0.3, 0.4])))
     moments = family.moments(natural)
     value = (0.5 * moments["variance"].sum()).exp()
     gradients = bonnet_price(lambda u, _: u.sum().exp(), moments, leaves_of(moments, 4096, 3), {})
@@ -137,9 +131,7 @@ def test_large_events_use_the_gradient_alone() -> None:
         for seed in range(24)
     ]
     means = torch.stack([p["mean"] for p in parts])
-    torch.testing.assert_close(
-        means.mean(0), c * moments["mean"], rtol=1e-8, atol=1e-8
-    )  # antithetic: no error
+    torch.testing.assert_close(means.mean(0), c * moments["mean"], rtol=1e-8, atol=1e-8)  # antithetic: no error
     covariances = torch.stack([p["covariance"] for p in parts])
     probes = torch.randn(6, size)
     found = torch.einsum("pi,rij,pj->rp", probes, covariances, probes)
@@ -148,9 +140,7 @@ def test_large_events_use_the_gradient_alone() -> None:
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("name", CONTINUOUS)
-def test_reparameterised_has_no_error_on_linear_functions_of_the_statistics(
-    name: str, batch: tuple[int, ...]
-) -> None:
+def test_reparameterised_has_no_error_on_linear_functions_of_the_statistics(name: str, batch: tuple[int, ...]) -> None:
     family, natural, _ = make(name, batch)
     target = torch.randn_like(natural)
     like = family.to_distribution(natural).sample((4 * family.num_parameters + 8,))
@@ -176,13 +166,9 @@ def test_score_function_has_no_error_on_linear_functions_of_the_statistics(name:
     family, natural, distribution = make(name)
     family = gaussian_of(family)
     target = torch.randn_like(natural)
-    statistics = family.sufficient_statistics(family.to_distribution(natural).sample((2000,))).to(
-        natural.dtype
-    )
+    statistics = family.sufficient_statistics(family.to_distribution(natural).sample((2000,))).to(natural.dtype)
     values = (statistics * target).sum(-1) + 7.0
-    torch.testing.assert_close(
-        score_function(family, natural, values, statistics), target, rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(score_function(family, natural, values, statistics), target, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONTINUOUS + ["Normal", "MultivariateNormal"] + DISCRETE)
@@ -192,9 +178,7 @@ def test_score_function_is_unbiased_with_few_draws(name: str) -> None:
     count = max(4 * family.num_parameters - 1, 2)
     estimates = []
     for _ in range(1500):
-        statistics = family.sufficient_statistics(family.to_distribution(natural).sample((count,))).to(
-            natural.dtype
-        )
+        statistics = family.sufficient_statistics(family.to_distribution(natural).sample((count,))).to(natural.dtype)
         estimates.append(score_function(family, natural, (statistics * target).sum(-1) + 7.0, statistics))
     five_standard_errors(torch.stack(estimates), target)
 
@@ -221,9 +205,7 @@ def test_enumerated_is_the_table_of_every_state() -> None:
     table = torch.randn(2, 3)
     leaves = torch.randint(0, 3, (5, 2))
     found = enumerated(lambda k, _: table[torch.arange(2), k].sum(), 3, leaves, {})
-    expected = table + torch.stack([table[1, leaves[:, 1]].mean(), table[0, leaves[:, 0]].mean()]).unsqueeze(
-        -1
-    )
+    expected = table + torch.stack([table[1, leaves[:, 1]].mean(), table[0, leaves[:, 0]].mean()]).unsqueeze(-1)
     torch.testing.assert_close(found, expected)
 
 
@@ -239,9 +221,7 @@ def test_standard_error_takes_antithetic_pairs_as_one() -> None:
     half = torch.randn(50)
     assert standard_error(torch.cat([half, -half])) == 0.0
     pairs = 0.5 * (half + half.square())
-    assert standard_error(torch.cat([half, half.square()])) == pytest.approx(
-        float(pairs.std() / math.sqrt(50))
-    )
+    assert standard_error(torch.cat([half, half.square()])) == pytest.approx(float(pairs.std() / math.sqrt(50)))
 
 
 def test_gradients_where_a_program_cannot_be_batched() -> None:

@@ -41,9 +41,7 @@ def posterior_of(model: Callable, *args: Any, **marginals: Any) -> Posterior:
         marginal = marginals.get(name, graph.sites[name].distribution)
         while isinstance(marginal, (dist.MaskedDistribution, torch.distributions.Independent)):
             marginal = marginal.base_dist
-        if type(block.family).__name__ == "MultivariateNormal" and isinstance(
-            marginal, torch.distributions.Normal
-        ):
+        if type(block.family).__name__ == "MultivariateNormal" and isinstance(marginal, torch.distributions.Normal):
             marginal = dist.MultivariateNormal(marginal.mean, scale_tril=torch.diag_embed(marginal.stddev))
         natural = block.family.from_distribution(marginal)
         for axis, size in enumerate(block.full_shape):
@@ -135,9 +133,7 @@ def test_posterior_predictive_has_the_moments_of_new_data(data: Any) -> None:
     y = group(data, "posterior_predictive")["y"]
     assert y.dims == ("chain", "draw", "data")
     precision = len(Y) + 1.0
-    np.testing.assert_allclose(
-        y.mean(("chain", "draw")), float(Y.sum()) / precision, atol=4 * (1.2 / 2000) ** 0.5
-    )
+    np.testing.assert_allclose(y.mean(("chain", "draw")), float(Y.sum()) / precision, atol=4 * (1.2 / 2000) ** 0.5)
     np.testing.assert_allclose(y.var(("chain", "draw")), 1 + 1 / precision, rtol=4 * (2 / 2000) ** 0.5)
 
 
@@ -300,9 +296,7 @@ def test_log_likelihood_with_nested_plates_is_that_of_single_runs() -> None:
     y = torch.randn(3, 5)
     data = to_arviz(posterior_of(nested_model, y), 30)
     draws = group(data, "posterior")
-    expected = dist.Normal(
-        torch.tensor(draws["z"].values), torch.tensor(draws["scale"].values)[..., None, None]
-    )
+    expected = dist.Normal(torch.tensor(draws["z"].values), torch.tensor(draws["scale"].values)[..., None, None])
     np.testing.assert_allclose(group(data, "log_likelihood")["y"], expected.log_prob(y), rtol=1e-10)
 
 
@@ -323,9 +317,7 @@ def test_coords_and_dims_override() -> None:
 def test_events_without_plates() -> None:
     def regression(x: Tensor, y: Tensor) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample(
-            "y", dist.Normal(w[0] + w[1] * x, 1.0).to_event(1), obs=y
-        )  # w[0] is a draw when vectorised
+        pyro.sample("y", dist.Normal(w[0] + w[1] * x, 1.0).to_event(1), obs=y)  # w[0] is a draw when vectorised
 
     data = to_arviz(posterior_of(regression, X, Y), 12)
     assert group(data, "posterior")["w"].dims == ("chain", "draw", "w_dim_0")

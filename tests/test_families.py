@@ -43,9 +43,7 @@ def test_log_prob_is_the_distributions(name: str, batch: tuple) -> None:
 
 
 @law
-def test_expectation_is_the_gradient_of_the_log_partition_and_fisher_the_hessian(
-    name: str, batch: tuple
-) -> None:
+def test_expectation_is_the_gradient_of_the_log_partition_and_fisher_the_hessian(name: str, batch: tuple) -> None:
     family, natural, _ = make(name, batch)
     leaf = natural.requires_grad_()
     (gradient,) = torch.autograd.grad(family.log_partition(leaf).sum(), leaf)

@@ -42,9 +42,7 @@ def test_the_retraction_of_a_gaussian_is_the_improved_rules() -> None:
     moved = family.to_distribution(family.retract(natural, direction))
     close(moved.precision_matrix, precision + change + 0.5 * change @ precision.inverse() @ change)
     close(moved.loc, location + precision.inverse() @ (direction[:2] - change @ location))
-    scalar = NormalFamily().retract(
-        torch.tensor([2.0, -0.5], dtype=F64), torch.tensor([0.5, 0.75], dtype=F64)
-    )
+    scalar = NormalFamily().retract(torch.tensor([2.0, -0.5], dtype=F64), torch.tensor([0.5, 0.75], dtype=F64))
     close(scalar, torch.tensor([0.625 * (2 + 0.5 + 1.5 * 2), -0.3125], dtype=F64))
 
 
@@ -59,9 +57,7 @@ SYMBOLIC = {
     "Categorical": (3, lambda *a: sympy.log(1 + sum(sympy.exp(x) for x in a))),
     "MultivariateNormal covariance": (
         5,
-        lambda a, b, p, q, r: (
-            (q * a * b - r * a**2 - p * b**2) / (4 * p * r - q**2) - sympy.log(4 * p * r - q**2) / 2
-        ),
+        lambda a, b, p, q, r: (q * a * b - r * a**2 - p * b**2) / (4 * p * r - q**2) - sympy.log(4 * p * r - q**2) / 2,
     ),
     "Wishart": (
         4,
@@ -191,9 +187,7 @@ def test_registry_refuses_other_laws_and_equal_families_are_equal() -> None:
         pass
 
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    assert family_of(Other(one, one)) is None and family_of(Same(one, one)) == family_of(
-        dist.Exponential(one)
-    )
+    assert family_of(Other(one, one)) is None and family_of(Same(one, one)) == family_of(dist.Exponential(one))
     assert family_of(torch.distributions.Normal(zero, one)) == NormalFamily()
     trials = (dist.Binomial(3, one / 2), dist.Multinomial(2, torch.ones(3)))
     for stranger in (dist.HalfCauchy(one), dist.Uniform(zero, 2 * one), dist.Poisson(one), *trials):

@@ -48,7 +48,10 @@ def logistic(x: torch.Tensor, y: torch.Tensor) -> None:
 def test_draws_give_what_they_give_on_the_cpu(device: torch.device) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(200, 3, generator=generator, device="cpu")
-    y = (torch.rand(200, generator=generator, device="cpu") < torch.sigmoid(x @ torch.tensor([1.0, -1.0, 0.5], device="cpu"))).to(x)
+    y = (
+        torch.rand(200, generator=generator, device="cpu")
+        < torch.sigmoid(x @ torch.tensor([1.0, -1.0, 0.5], device="cpu"))
+    ).to(x)
     posterior = BLRInference(logistic).run(x.to(device), y.to(device), progress=False)
     torch.set_default_device("cpu")
     reference = BLRInference(logistic).run(x, y, progress=False)

@@ -170,10 +170,7 @@ def test_a_joint_block_inside_a_plate_has_the_density_of_its_sites() -> None:
     model = joint_model(y, in_plate=True)
     guide = AutoExponentialFamily(model, [["a", "b"]])
     guide.setup(graph_of(model))
-    exact = [
-        joint_gaussian(v[None], torch.ones(1, 2), torch.tensor([0.3, -1.0]), torch.tensor([1.0, 4.0]))
-        for v in y
-    ]
+    exact = [joint_gaussian(v[None], torch.ones(1, 2), torch.tensor([0.3, -1.0]), torch.tensor([1.0, 4.0])) for v in y]
     family = guide.blocks["a+b"].family
     guide.naturals["a+b"] = torch.stack([family.from_distribution(q) for q, _ in exact])
     expected = sum(evidence for _, evidence in exact)
@@ -270,9 +267,7 @@ def test_the_models_own_indices_choose_the_rows() -> None:
 def test_create_plates_gives_the_plates() -> None:
     exact = PAIRS["normal"]()
     model = exact.plate_model(subsample_size=2)
-    guide = AutoExponentialFamily(
-        model, create_plates=lambda: pyro.plate("rows", SIZE, subsample=torch.tensor([2, 1]))
-    )
+    guide = AutoExponentialFamily(model, create_plates=lambda: pyro.plate("rows", SIZE, subsample=torch.tensor([2, 1])))
     guide()
     guide.naturals["z"] = guide.blocks["z"].family.from_distribution(exact.posterior)
     np.testing.assert_allclose(elbos(model, guide), exact.evidence[[2, 1]].sum() * 1.5, rtol=1e-10)

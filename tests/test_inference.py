@@ -276,9 +276,7 @@ def test_a_partial_group_is_the_optimum_over_its_factorisation() -> None:
     _, posterior = fit(separate_weights, X, Y, blocks=[["w0", "w2"]], tol=1e-10)
     pair = [0, 2]
     precision = PRECISION[pair][:, pair]
-    bound = evidence() - 0.5 * float(
-        torch.logdet(precision) + PRECISION[1, 1].log() - torch.logdet(PRECISION)
-    )
+    bound = evidence() - 0.5 * float(torch.logdet(precision) + PRECISION[1, 1].log() - torch.logdet(PRECISION))
     assert posterior.elbo == pytest.approx(bound, abs=1e-8)
     found = posterior.joint(["w0", "w2"]).covariance_matrix
     assert torch.allclose(found, torch.linalg.inv(precision), atol=1e-10)
@@ -326,9 +324,7 @@ def test_two_plates_and_a_local_precision() -> None:
     apart = [fit(plain_normal, column, tol=1e-12)[1] for column in y.T]
     assert together.elbo == pytest.approx(sum(p.elbo for p in apart), abs=1e-8)
     for name in ("mu", "tau"):
-        assert torch.allclose(
-            together.natural[name], torch.stack([p.natural[name] for p in apart]), atol=1e-6
-        )
+        assert torch.allclose(together.natural[name], torch.stack([p.natural[name] for p in apart]), atol=1e-6)
 
 
 def test_a_site_in_each_of_two_levels() -> None:

@@ -53,9 +53,7 @@ class Draws(NamedTuple):
     values: Tensor
 
 
-def holds(
-    kind: Kind, sort: Sort, function: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None
-) -> bool:
+def holds(kind: Kind, sort: Sort, function: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> bool:
     """Whether the claim is true at random points; where the expression is not finite it says nothing."""
     shape = SHAPES[sort] if shape is None else shape
     sites = torch.stack([draw(sort, shape, seed) for seed in range(5)])
@@ -69,9 +67,7 @@ def holds(
     if not values.isfinite().all():
         return True
     if kind.form is Form.CONSTANT:
-        number = (
-            values[:1] if kind.coefficient is None else torch.tensor(kind.coefficient, dtype=values.dtype)
-        )
+        number = values[:1] if kind.coefficient is None else torch.tensor(kind.coefficient, dtype=values.dtype)
         return close(values, number.expand_as(values))
     if kind.form is Form.AFFINE:
         return is_affine(draws, function)
@@ -469,11 +465,7 @@ def rows() -> list[Row]:
     ):
         table += [(Sort(sort), form, 1.0, function) for sorts, function in entries for sort in sorts.split()]
     for form, powered in ((Form.MONOMIAL, MONOMIALS), (Form.LOG, LOGS)):
-        table += [
-            (Sort(sort), form, power, function)
-            for sorts, power, function in powered
-            for sort in sorts.split()
-        ]
+        table += [(Sort(sort), form, power, function) for sorts, power, function in powered for sort in sorts.split()]
     return table + [(MATRIX, Form.MATRIX, power, function) for power, function in MATRICES]
 
 
@@ -553,9 +545,7 @@ def test_other_latents_are_constants() -> None:
     assert kind_of(tape, tape.reference(product), "w", MATRIX).form is Form.CONSTANT
     assert kind_of(tape, tape.reference(gathered), "z", REAL).form is Form.SELECTION
     assert kind_of(tape, tape.reference(gathered), "index", REAL).form is Form.OTHER
-    assert kind_of(tape, tape.reference(sandwich), "w", MATRIX) == Kind(
-        Form.MATRIX, 1.0, "matmul", _line(sandwich)
-    )
+    assert kind_of(tape, tape.reference(sandwich), "w", MATRIX) == Kind(Form.MATRIX, 1.0, "matmul", _line(sandwich))
     assert kind_of(tape, tape.reference(twice), "w", MATRIX).form is Form.AFFINE
     assert kind_of(tape, 3.0, "w", MATRIX).form is Form.CONSTANT
 
@@ -678,9 +668,7 @@ UNARY: list[Callable[[Tensor, random.Random], Tensor]] = [
     lambda x, r: torch.where(r.choice([MASK, MASK[:, None], torch.tensor(True)]), x, r.choice([V, 0.0, 1.0])),
     lambda x, r: x.masked_fill(MASK, r.choice([0.0, 2.0])),
     lambda x, r: in_place(x, lambda y: y.add_(y.clone())),
-    lambda x, r: in_place(
-        x, lambda y: y.__setitem__(r.choice([0, (Ellipsis, 0), slice(1, 3)]), r.choice([0.0, 1.5]))
-    ),
+    lambda x, r: in_place(x, lambda y: y.__setitem__(r.choice([0, (Ellipsis, 0), slice(1, 3)]), r.choice([0.0, 1.5]))),
     lambda x, r: torch.einsum("...i,i->...", x, V),
     lambda x, r: torch.einsum("i,ij->ij", x, X.mT),
     lambda x, r: torch.outer(V, x),
@@ -698,9 +686,7 @@ BINARY: list[Callable[[Tensor, Tensor, random.Random], Tensor]] = [
     lambda x, y, r: torch.where(r.choice([MASK, MASK[:, None], torch.tensor(False)]), x, y),
     lambda x, y, r: torch.outer(x, y),
     lambda x, y, r: torch.broadcast_tensors(x, y)[1],
-    lambda x, y, r: in_place(
-        x, lambda z: z.__setitem__(r.choice([0, Ellipsis, slice(0, 2), (Ellipsis, 1)]), y)
-    ),
+    lambda x, y, r: in_place(x, lambda z: z.__setitem__(r.choice([0, Ellipsis, slice(0, 2), (Ellipsis, 1)]), y)),
 ]
 
 
@@ -733,12 +719,8 @@ PROGRAM_SHAPES = {
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    seed=st.integers(0, 2**31), sort=st.sampled_from(Sort), which=st.integers(0, 3), length=st.integers(1, 7)
-)
-def test_whatever_is_claimed_of_a_random_program_holds(
-    seed: int, sort: Sort, which: int, length: int
-) -> None:
+@given(seed=st.integers(0, 2**31), sort=st.sampled_from(Sort), which=st.integers(0, 3), length=st.integers(1, 7))
+def test_whatever_is_claimed_of_a_random_program_holds(seed: int, sort: Sort, which: int, length: int) -> None:
     shape = PROGRAM_SHAPES[sort][which % len(PROGRAM_SHAPES[sort])]
     plain = run(seed, draw(sort, shape, 0), length)
     tape = Tape()

@@ -211,9 +211,7 @@ def test_event_sum(
     weights = torch.rand(elementwise.shape[-2:]) if weighted else None
     weighted_sum = elementwise if weights is None else elementwise * weights
     expected = weighted_sum.sum(tuple(range(-num_event_dims, 0))) if num_event_dims else weighted_sum
-    actual = row.likelihood.expected_log_prob(
-        row.likelihood.points(value, arguments), num_event_dims, weights
-    )
+    actual = row.likelihood.expected_log_prob(row.likelihood.points(value, arguments), num_event_dims, weights)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -228,9 +226,7 @@ def test_empty_plate_is_zero(row: Row) -> None:
         torch.testing.assert_close(actual, torch.zeros(shape))
 
 
-def random_arguments(
-    row: Row, value_shape: tuple[int, ...], shape: tuple[int, ...]
-) -> dict[str, Expectation]:
+def random_arguments(row: Row, value_shape: tuple[int, ...], shape: tuple[int, ...]) -> dict[str, Expectation]:
     """Expectations as under a q with some spread, fields that require gradients except in constants."""
     arguments = at(row, *draw(row, value_shape, shape))
     for name, argument in arguments.items():
@@ -271,12 +267,8 @@ def as_function(
 
 
 @rows
-@pytest.mark.parametrize(
-    "value_shape, shape, num_event_dims", [((3, 2), (2, 1, 2), 0), ((20, 2), (20, 1, 2), 1)]
-)
-def test_gradients(
-    row: Row, value_shape: tuple[int, ...], shape: tuple[int, ...], num_event_dims: int
-) -> None:
+@pytest.mark.parametrize("value_shape, shape, num_event_dims", [((3, 2), (2, 1, 2), 0), ((20, 2), (20, 1, 2), 1)])
+def test_gradients(row: Row, value_shape: tuple[int, ...], shape: tuple[int, ...], num_event_dims: int) -> None:
     function, tensors = as_function(row, random_arguments(row, value_shape, shape), num_event_dims)
     assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in tensors], fast_mode=True)
 

@@ -60,9 +60,7 @@ EVENT_SHAPES = [
 
 
 @pytest.mark.parametrize("left, right, num_event_dims", EVENT_SHAPES, ids=str)
-def test_contract_is_the_sum_of_the_product(
-    left: tuple[int, ...], right: tuple[int, ...], num_event_dims: int
-) -> None:
+def test_contract_is_the_sum_of_the_product(left: tuple[int, ...], right: tuple[int, ...], num_event_dims: int) -> None:
     a, b = torch.randn(left), torch.randn(right)
     product = a * b
     expected = product.sum(tuple(range(-min(num_event_dims, product.dim()), 0)))
@@ -95,9 +93,7 @@ def test_select_is_indexing(batch: tuple[int, ...], index_shape: tuple[int, ...]
     actual = select(log, index)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     weights = torch.randn(shape)
-    gradients = [
-        torch.autograd.grad((x * weights).sum(), log, retain_graph=True)[0] for x in (actual, expected)
-    ]
+    gradients = [torch.autograd.grad((x * weights).sum(), log, retain_graph=True)[0] for x in (actual, expected)]
     torch.testing.assert_close(*gradients)
 
 

@@ -44,9 +44,7 @@ class Random:
     expectation: Expectation
 
 
-def grid(
-    log_density: Callable[[Tensor], Tensor], low: float, high: float, step: float
-) -> tuple[Tensor, Tensor]:
+def grid(log_density: Callable[[Tensor], Tensor], low: float, high: float, step: float) -> tuple[Tensor, Tensor]:
     nodes = torch.arange(low, high, step)
     return nodes, torch.softmax(log_density(nodes), 0)
 
@@ -63,9 +61,7 @@ def gamma(a: float, b: float) -> Random:
 
 
 def beta(a: float, b: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nodes, weights = grid(
-        lambda u: -a * torch.log1p((-u).exp()) - b * torch.log1p(u.exp()), -14.0, 14.0, 0.15
-    )
+    nodes, weights = grid(lambda u: -a * torch.log1p((-u).exp()) - b * torch.log1p(u.exp()), -14.0, 14.0, 0.15)
     a_, b_ = torch.tensor(a), torch.tensor(b)
     total = torch.digamma(a_ + b_)
     return torch.sigmoid(nodes), weights, torch.digamma(a_) - total, torch.digamma(b_) - total
@@ -146,9 +142,7 @@ def integrals() -> dict[Any, tuple[dict[str, Random], LOG]]:
     }
 
 
-SCALAR = (
-    "Normal LogNormal Gamma InverseGamma Exponential Poisson Bernoulli Binomial Geometric NegativeBinomial "
-)
+SCALAR = "Normal LogNormal Gamma InverseGamma Exponential Poisson Bernoulli Binomial Geometric NegativeBinomial "
 SCALAR += "Categorical OneHotCategorical Multinomial Beta Dirichlet"
 
 

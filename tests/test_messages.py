@@ -147,9 +147,7 @@ MODELS: dict[str, Statement] = {
     "NegativeBinomial probs": observe(lambda: dist.NegativeBinomial(3.0, probs=unit()), COUNTS),
     "Categorical probs": observe(lambda: dist.Categorical(simplex()), INDEX),
     "Categorical logits": observe(lambda: dist.Categorical(logits=simplex().log()), INDEX),
-    "OneHotCategorical probs": observe(
-        lambda: dist.OneHotCategorical(simplex()), torch.eye(3, dtype=torch.float64)
-    ),
+    "OneHotCategorical probs": observe(lambda: dist.OneHotCategorical(simplex()), torch.eye(3, dtype=torch.float64)),
     "Multinomial probs": observe(
         lambda: dist.Multinomial(4, pyro.sample("s", dist.Dirichlet(torch.tensor([1.0, 2.0])))),
         torch.tensor([[4.0, 0.0], [1.0, 3.0], [2.0, 2.0]], dtype=torch.float64),
@@ -167,29 +165,21 @@ MODELS: dict[str, Statement] = {
         lambda: dist.MultivariateNormal(torch.zeros(2), torch.linalg.inv(wishart())), VECTORS
     ),
     "MultivariateNormal scale_tril": observe(
-        lambda: dist.MultivariateNormal(
-            torch.zeros(2), scale_tril=torch.linalg.cholesky(torch.inverse(wishart()))
-        ),
+        lambda: dist.MultivariateNormal(torch.zeros(2), scale_tril=torch.linalg.cholesky(torch.inverse(wishart()))),
         VECTORS,
     ),
     "MultivariateNormal through cholesky_inverse": observe(
-        lambda: dist.MultivariateNormal(
-            torch.zeros(2), torch.cholesky_inverse(torch.linalg.cholesky(tau() * MATRIX))
-        ),
+        lambda: dist.MultivariateNormal(torch.zeros(2), torch.cholesky_inverse(torch.linalg.cholesky(tau() * MATRIX))),
         VECTORS,
     ),
     "MultivariateNormal A W Aᵀ": observe(
-        lambda: dist.MultivariateNormal(
-            torch.zeros(2), precision_matrix=DESIGN[:2] @ wishart() @ DESIGN[:2].T
-        ),
+        lambda: dist.MultivariateNormal(torch.zeros(2), precision_matrix=DESIGN[:2] @ wishart() @ DESIGN[:2].T),
         VECTORS,
     ),
     "mixture of means": enumerated(lambda m, z: dist.Normal(m[z], 0.7), Y),
     "a state beside a fixed index": enumerated(lambda m, z: dist.Normal(m[z] + X * m[0], 0.7), Y),
     "a state as a number": enumerated(lambda m, z: dist.Normal(m[0] + z * m[1], 0.7), Y),
-    "a difference of gathered elements": observe(
-        lambda: dist.Normal((m := means())[INDEX] - m[1 - INDEX], 0.7), Y
-    ),
+    "a difference of gathered elements": observe(lambda: dist.Normal((m := means())[INDEX] - m[1 - INDEX], 0.7), Y),
     "masked data that are NaN": masked,
     "a subsampled plate with a local site": subsampled,
 }

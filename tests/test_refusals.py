@@ -247,21 +247,15 @@ REFUSALS = [
     Refusal(exp_of_the_loc, "x", "z", "loc", "loc is not affine in z: exp", "LogNormal(loc, scale)", "real"),
     Refusal(logits, "x", "z", "probs", "to z: sigmoid", "Beta on probs", "real"),
     Refusal(sigmoid_link, "x", "z", "probs", "to z: sigmoid", "Beta on probs", "real"),
-    Refusal(
-        softmax_link, "x", "z", "probs", "to z: softmax", "Dirichlet on probs instead of softmax of Normal"
-    ),
+    Refusal(softmax_link, "x", "z", "probs", "to z: softmax", "Dirichlet on probs instead of softmax of Normal"),
     Refusal(relu, "x", "z", "loc", "loc is not affine in z: relu", "", "real"),
     Refusal(where, "x", "z", "loc", "loc is not affine in z: gt", "", "real"),
     Refusal(maximum, "x", "a b", "loc", "loc is not affine in {site}: maximum"),
-    Refusal(
-        index_by_a_continuous_site, "x", "z", "loc", "loc is not affine in z: index by a latent", "", "real"
-    ),
+    Refusal(index_by_a_continuous_site, "x", "z", "loc", "loc is not affine in z: index by a latent", "", "real"),
     Refusal(square, "x", "z", "loc", "loc is not affine in z: mul"),
     Refusal(power, "x", "z", "loc", "loc is not affine in z: pow"),
     Refusal(product_of_its_own_elements, "x", "z", "loc", "loc is not affine in z: mul"),
-    Refusal(
-        two_arguments, "x", "z", "loc", "z is in two arguments: loc and precision", "Normal on loc", "gamma"
-    ),
+    Refusal(two_arguments, "x", "z", "loc", "z is in two arguments: loc and precision", "Normal on loc", "gamma"),
     Refusal(
         uniform_location,
         "x",
@@ -309,13 +303,9 @@ REFUSALS = [
         "the Gamma site alone",
         "gamma",
     ),
-    Refusal(
-        sum_of_rates, "x", "a b", "rate", "rate is not proportional to {site}: add", "sums are not conjugate"
-    ),
+    Refusal(sum_of_rates, "x", "a b", "rate", "rate is not proportional to {site}: add", "sums are not conjugate"),
     Refusal(multiple_of_a_probability, "x", "p", "probs", "to p: mul", "the Beta site itself", "beta"),
-    Refusal(
-        multiple_of_a_simplex, "x", "p", "probs", "probs is not equal to p: mul", "the Dirichlet site itself"
-    ),
+    Refusal(multiple_of_a_simplex, "x", "p", "probs", "probs is not equal to p: mul", "the Dirichlet site itself"),
     Refusal(
         concentration,
         "x",
@@ -375,9 +365,7 @@ def log_joint(model: Callable, site: str, values: torch.Tensor) -> np.ndarray:
     found = []
     for value in values:
         with torch.no_grad(), pyro.validation_enabled(False):
-            found.append(
-                float(poutine.trace(poutine.condition(model, data={site: value})).get_trace().log_prob_sum())
-            )
+            found.append(float(poutine.trace(poutine.condition(model, data={site: value})).get_trace().log_prob_sum()))
     return np.array(found)
 
 
@@ -410,9 +398,7 @@ def best_member(row: Refusal) -> tuple[float, float]:
         density = log_q.exp()
         return float(torch.where(density > 0, density * (log_q - target), 0.0).sum() * step)
 
-    p = scipy.optimize.minimize(
-        divergence, [0.3, 0.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12}
-    ).x
+    p = scipy.optimize.minimize(divergence, [0.3, 0.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12}).x
     weights = log_density(*p).exp() * step
     mean = float((weights * z).sum())
     return mean, float((weights * (z - mean).square()).sum().sqrt())

@@ -101,9 +101,7 @@ def variance_model(scale: Callable[[Tensor], Tensor]) -> Callable:
 
 
 def test_a_variance() -> None:
-    agree(
-        {name: variance_model(way) for name, way in VARIANCES.items()}, *regression_data(), sites=["w", "v"]
-    )
+    agree({name: variance_model(way) for name, way in VARIANCES.items()}, *regression_data(), sites=["w", "v"])
 
 
 def test_a_multiple_of_a_precision() -> None:
@@ -216,9 +214,7 @@ def test_a_module_of_samples() -> None:
                 pyro.sample("y", dist.Normal(loc, tau.rsqrt()), obs=y)
 
     data = regression_data()
-    agree(
-        {"function": predictor_model(PREDICTORS["x @ w"]), "module": Regression()}, *data, sites=["w", "tau"]
-    )
+    agree({"function": predictor_model(PREDICTORS["x @ w"]), "module": Regression()}, *data, sites=["w", "tau"])
     reference, _ = fit(predictor_model(PREDICTORS["x @ w"]), *data)
     posterior, explanation = fit(Linear(), *data)
     assert explanation.exact and posterior.elbo == pytest.approx(reference.elbo, abs=1e-7)
@@ -252,9 +248,7 @@ WISHARTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "precision_matrix": lambda m, L: dist.MultivariateNormal(m, precision_matrix=L),
     "covariance_matrix": lambda m, L: dist.MultivariateNormal(m, covariance_matrix=torch.linalg.inv(L)),
     "covariance_matrix, inverse()": lambda m, L: dist.MultivariateNormal(m, covariance_matrix=L.inverse()),
-    "scale_tril": lambda m, L: dist.MultivariateNormal(
-        m, scale_tril=torch.linalg.cholesky(torch.linalg.inv(L))
-    ),
+    "scale_tril": lambda m, L: dist.MultivariateNormal(m, scale_tril=torch.linalg.cholesky(torch.linalg.inv(L))),
 }
 
 
@@ -323,9 +317,7 @@ def test_counts_by_category_or_one_hot_or_multinomial() -> None:
     def one_hot(words: Tensor) -> None:
         theta = pyro.sample("theta", dist.Dirichlet(torch.tensor([0.5, 1.0, 2.0])))
         with pyro.plate("data", len(words)):
-            pyro.sample(
-                "word", dist.OneHotCategorical(theta), obs=torch.nn.functional.one_hot(words, 3).double()
-            )
+            pyro.sample("word", dist.OneHotCategorical(theta), obs=torch.nn.functional.one_hot(words, 3).double())
 
     def single(words: Tensor) -> None:
         theta = pyro.sample("theta", dist.Dirichlet(torch.tensor([0.5, 1.0, 2.0])))

@@ -49,9 +49,7 @@ def best_gaussian(log_joint: Callable) -> tuple[float, float, float]:
     """(m, s, bound) of the best N(m, s²) over u, with `log_joint(u)` holding the log-Jacobian."""
 
     def bound(p: np.ndarray) -> float:
-        return float(
-            WEIGHTS @ log_joint(p[0] + np.exp(p[1]) * NODES) + p[1] + 0.5 * math.log(2 * math.pi * math.e)
-        )
+        return float(WEIGHTS @ log_joint(p[0] + np.exp(p[1]) * NODES) + p[1] + 0.5 * math.log(2 * math.pi * math.e))
 
     place, value = best(bound, [0.0, 0.0])
     return place[0], math.exp(place[1]), value
@@ -137,9 +135,7 @@ def test_elements_of_a_plate_that_share_a_predictor() -> None:
             pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
 
     mean, log_sd = (torch.zeros(x.shape[1], requires_grad=True) for _ in range(2))
-    search = torch.optim.LBFGS(
-        [mean, log_sd], max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-12
-    )
+    search = torch.optim.LBFGS([mean, log_sd], max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-12)
 
     def loss() -> Tensor:
         search.zero_grad()
@@ -185,9 +181,7 @@ def test_beta_site(seed: int) -> None:
             pyro.sample("y", dist.Bernoulli((3 * p - 1).sigmoid()), obs=y)
 
     def log_joint(p: np.ndarray) -> np.ndarray:
-        return (
-            stats.beta(2, 2).logpdf(p) + 5 * special.log_expit(3 * p - 1) + 2 * special.log_expit(1 - 3 * p)
-        )
+        return stats.beta(2, 2).logpdf(p) + 5 * special.log_expit(3 * p - 1) + 2 * special.log_expit(1 - 3 * p)
 
     law, bound = best_member(log_joint, lambda p: stats.beta(*p), [1.0, 1.0])
     posterior = fitted(model, seed)
@@ -321,9 +315,7 @@ def test_wishart_site() -> None:
         """Σ_n log t_4(y_n | 0, W⁻¹)."""
         mahalanobis = torch.einsum("ni,...ij,nj->...n", y, w, y)
         constant = math.lgamma(3.0) - math.lgamma(2.0) - math.log(4 * math.pi)
-        return (
-            constant + 0.5 * torch.linalg.slogdet(w)[1].unsqueeze(-1) - 3.0 * (1 + mahalanobis / 4).log()
-        ).sum(-1)
+        return (constant + 0.5 * torch.linalg.slogdet(w)[1].unsqueeze(-1) - 3.0 * (1 + mahalanobis / 4).log()).sum(-1)
 
     def model() -> None:
         w = pyro.sample("w", prior)
@@ -336,9 +328,7 @@ def test_wishart_site() -> None:
         natural = family.from_distribution(dist.Wishart(1 + p[0].exp(), scale_tril=root))
         return family.to_distribution(natural)  # draws without torch's warning of singular ones
 
-    place = stochastic_optimum(
-        lambda w: prior.log_prob(w) + student(w), member, torch.tensor([2.0, -1.0, 0.0, -1.0])
-    )
+    place = stochastic_optimum(lambda w: prior.log_prob(w) + student(w), member, torch.tensor([2.0, -1.0, 0.0, -1.0]))
     law = member(place)
     found = fitted(model)["w"]
     assert bool(((found.mean - law.mean).abs() <= 0.06 * law.variance.sqrt()).all())
@@ -415,29 +405,19 @@ def test_exact_precision_and_weights_that_are_not_conjugate(name: str) -> None:
     raw = torch.tensor([-2.0, 0.0, -2.0], requires_grad=True)
 
     def root() -> Tensor:
-        return torch.stack(
-            [torch.stack([raw[0].exp(), torch.zeros(())]), torch.stack([raw[1], raw[2].exp()])]
-        )
+        return torch.stack([torch.stack([raw[0].exp(), torch.zeros(())]), torch.stack([raw[1], raw[2].exp()])])
 
     def residual() -> Tensor:
         predictor = (x @ mean).unsqueeze(-1) + (x @ root()).norm(dim=-1).unsqueeze(-1) * nodes
         return (((y.unsqueeze(-1) - link(predictor)) ** 2) @ weights).sum()
 
-    search = torch.optim.LBFGS(
-        [mean, raw], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-12
-    )
+    search = torch.optim.LBFGS([mean, raw], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-12)
     for _ in range(20):
         precision = (1 + 30) / (1 + 0.5 * float(residual().detach()))
 
         def loss(precision: float = precision) -> Tensor:
             search.zero_grad()
-            value = (
-                0.5 * precision * residual()
-                + 0.5 * (mean**2).sum()
-                + 0.5 * (root() ** 2).sum()
-                - raw[0]
-                - raw[2]
-            )
+            value = 0.5 * precision * residual() + 0.5 * (mean**2).sum() + 0.5 * (root() ** 2).sum() - raw[0] - raw[2]
             value.backward()
             return value
 

@@ -85,9 +85,7 @@ def test_the_generator_reaches_what_it_is_for() -> None:
 # The check, checked
 
 
-def _wrap(
-    owner: Any, name: str, make: Callable[[Callable], Callable]
-) -> Callable[[pytest.MonkeyPatch], None]:
+def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda patch: patch.setattr(owner, name, make(getattr(owner, name)))
 
 
@@ -141,9 +139,7 @@ def _without_variance(patch: pytest.MonkeyPatch) -> None:
 
 def _without_covariance(patch: pytest.MonkeyPatch) -> None:
     def terms(self: Any, value: Vector, loc: Vector, precision: Any) -> Any:
-        diagonal = (
-            None if loc.covariance is None else torch.diag_embed(loc.covariance.diagonal(dim1=-2, dim2=-1))
-        )
+        diagonal = None if loc.covariance is None else torch.diag_embed(loc.covariance.diagonal(dim1=-2, dim2=-1))
         return original(self, value, Vector(loc.mean, diagonal), precision)
 
     original = likelihoods.MultivariateNormal.terms
@@ -156,10 +152,7 @@ def _stale_point(patch: pytest.MonkeyPatch) -> None:
         original = likelihood.terms
 
         def terms(self: Any, original: Callable = original, **arguments: Any) -> Any:
-            stale = {
-                k: Positive(v.mean, v.mean.log()) if isinstance(v, Positive) else v
-                for k, v in arguments.items()
-            }
+            stale = {k: Positive(v.mean, v.mean.log()) if isinstance(v, Positive) else v for k, v in arguments.items()}
             return original(self, **stale)
 
         patch.setattr(likelihood, "terms", terms)
@@ -227,11 +220,7 @@ def _wrong_power(patch: pytest.MonkeyPatch) -> None:
 def _no_twos(original: Callable) -> Callable:
     def pack(matrix: torch.Tensor) -> torch.Tensor:
         d = matrix.shape[-1]
-        return (
-            0.5 * original(matrix + matrix.diagonal(dim1=-2, dim2=-1).diag_embed())
-            if d > 1
-            else original(matrix)
-        )
+        return 0.5 * original(matrix + matrix.diagonal(dim1=-2, dim2=-1).diag_embed()) if d > 1 else original(matrix)
 
     return pack
 

@@ -82,14 +82,10 @@ def model_groups(
         "constant_data": dict(_constants(runs)),
     }
     if log_likelihood:
-        groups["log_likelihood"] = {
-            name: _log_likelihood(runs, name, record.log_probs[name]) for name in observed
-        }
+        groups["log_likelihood"] = {name: _log_likelihood(runs, name, record.log_probs[name]) for name in observed}
     if predictive and observed:
         generated = runs.run(draws, num, observed, generate=True)
-        groups["posterior_predictive"] = {
-            name: _laid_out(runs, name, generated.values[name]) for name in observed
-        }
+        groups["posterior_predictive"] = {name: _laid_out(runs, name, generated.values[name]) for name in observed}
     if prior:
         drawn = runs.run({}, num, [*latent, *derived, *observed], generate=True)
         groups["prior"] = {name: _laid_out(runs, name, drawn.values[name]) for name in [*latent, *derived]}
@@ -148,9 +144,7 @@ def _variable(
 ) -> Variable:
     """A variable of (draws, *shape), as the draws of one chain."""
     fitting = {
-        name: labels[name]
-        for name, size in zip(names, sizes, strict=True)
-        if name and len(labels[name]) == size
+        name: labels[name] for name, size in zip(names, sizes, strict=True) if name and len(labels[name]) == size
     }
     return Variable(_array(value).reshape(1, value.shape[0], *sizes), names, fitting)
 
@@ -191,18 +185,14 @@ def _observed(runs: ModelRuns, name: str) -> Variable:
     masked = runs.first.log_probs[name].isnan()
     if bool(masked.any()):
         masked = masked.reshape(*masked.shape, *[1] * (value.dim() - masked.dim()))
-        value = torch.where(
-            masked, torch.nan, value.to(torch.promote_types(value.dtype, torch.get_default_dtype()))
-        )
+        value = torch.where(masked, torch.nan, value.to(torch.promote_types(value.dtype, torch.get_default_dtype())))
     variable = _laid_out(runs, name, value.expand(statement.shape)[None])
     return Variable(variable.values[0, 0], variable.names, variable.labels, sample=())
 
 
 def _constants(runs: ModelRuns) -> Iterator[tuple[str, Variable]]:
     """The arrays among the model's arguments that are not observed data, by the arguments' names."""
-    target = (
-        getattr(runs.model, "forward", runs.model) if isinstance(runs.model, torch.nn.Module) else runs.model
-    )
+    target = getattr(runs.model, "forward", runs.model) if isinstance(runs.model, torch.nn.Module) else runs.model
     try:
         bound = inspect.signature(target).bind(*runs.args, **runs.kwargs).arguments
     except (TypeError, ValueError):  # a callable without a readable signature

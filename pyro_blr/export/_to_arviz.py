@@ -93,9 +93,7 @@ def _chain(
 
 def _check(posteriors: Sequence[Fitted], num_samples: int) -> None:
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(
-            f"num_samples={num_samples!r}: expected the number of draws, an integer of at least 1"
-        )
+        raise ValueError(f"num_samples={num_samples!r}: expected the number of draws, an integer of at least 1")
     if not posteriors:
         raise ValueError("to_arviz was given an empty list: expected a posterior, or several as chains")
     sites = [sorted(site for block in one.blocks.values() for site in block.site_names) for one in posteriors]

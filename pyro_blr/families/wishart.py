@@ -134,9 +134,7 @@ class Wishart(ExponentialFamily):
     def to_distribution(self, natural: Tensor) -> Any:
         half_df, rate = self._arguments(natural)
         precision = 2 * rate
-        distribution = BartlettWishart(
-            2 * half_df, _gaussian.scale_tril_of_precision(precision), validate_args=False
-        )
+        distribution = BartlettWishart(2 * half_df, _gaussian.scale_tril_of_precision(precision), validate_args=False)
         distribution.precision_matrix = precision  # the lazy property's value, known here to full accuracy
         return distribution
 

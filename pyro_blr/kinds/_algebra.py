@@ -139,9 +139,7 @@ def logarithm(step: Step, value: Value) -> Value:
     if value.is_constant:
         number = step.read(value)
         return (
-            step.other()
-            if number == 0
-            else step.constant(None if number is None or number < 0 else math.log(number))
+            step.other() if number == 0 else step.constant(None if number is None or number < 0 else math.log(number))
         )
     if value.is_monomial and step.sort.is_positive:
         return replace(value, form=Form.LOG, is_diagonal=False)
@@ -177,9 +175,7 @@ def _plus_constant(step: Step, value: Value, constant: Value) -> Value:
         return broadcast(step, value)
     if value.form is Form.LOG:
         coefficient = (
-            None
-            if value.coefficient is None or number is None
-            else value.coefficient * (_exp(number) or math.nan)
+            None if value.coefficient is None or number is None else value.coefficient * (_exp(number) or math.nan)
         )
         return logarithm(step, step.monomial(broadcast(step, value), value.power, coefficient))
     if number == 1 and value.coefficient == -1:
@@ -220,9 +216,7 @@ def _join_elements(step: Step, parts: Sequence[Value], kept: int, token: Hashabl
         parts[0],
         token=first.token if one_element else token,
         coefficient=coefficients.pop() if len(coefficients) == 1 else None,
-        shared=len(step.shape)
-        if one_element
-        else shared_dims(step.shape, min(part.shared for part in parts)),
+        shared=len(step.shape) if one_element else shared_dims(step.shape, min(part.shared for part in parts)),
         is_whole=all(part.is_whole for part in parts),
         is_diagonal=all(part.is_diagonal for part in parts) and not has_zeros,
     )

@@ -111,9 +111,7 @@ def summed(call: Call) -> Value:
         left = max(0, value.shared - len(dims))
         token = ("summed", value.token, tuple(sorted(dims)), step.shape)
         whole = call.sort.event_dims == 0
-        reduced = replace(
-            value, shape=step.shape, token=token, shared=shared_dims(step.shape, left), is_whole=whole
-        )
+        reduced = replace(value, shape=step.shape, token=token, shared=shared_dims(step.shape, left), is_whole=whole)
         return step.monomial(replace(reduced, is_diagonal=False), value.power, None)
     return step.linear(value)
 

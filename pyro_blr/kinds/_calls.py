@@ -36,9 +36,7 @@ Rule = Callable[["Call"], "Value | Bundle"]
 def word_for(node: Node) -> str:
     """What a user calls it: `sub` for `__rsub__`, `linalg.inv` for `linalg_inv`, `add` for `add_`."""
     name = node.name.rstrip("_").replace("linalg_", "linalg.")
-    reflected = {
-        f"r{word}": word for word in ("add", "sub", "mul", "div", "truediv", "pow", "matmul", "floordiv")
-    }
+    reflected = {f"r{word}": word for word in ("add", "sub", "mul", "div", "truediv", "pow", "matmul", "floordiv")}
     return reflected.get(name, name)
 
 
@@ -80,9 +78,7 @@ class Call:
 
     def others_depend(self) -> bool:
         """Whether the site is in any argument but the first."""
-        return self.depends(
-            (self.args[1:], {k: v for k, v in self.node.kwargs.items() if k not in ("input", "self")})
-        )
+        return self.depends((self.args[1:], {k: v for k, v in self.node.kwargs.items() if k not in ("input", "self")}))
 
     def value(self, argument: Any) -> Value:
         """The abstract value of an argument; raises `Broken` where that is OTHER."""
@@ -140,9 +136,7 @@ class Call:
             return ("kwargs", *((key, self.frozen(tree[key])) for key in sorted(tree)))
         if isinstance(tree, slice):
             return ("slice", self.frozen(tree.start), self.frozen(tree.stop), self.frozen(tree.step))
-        if isinstance(
-            tree, (Ref, Input, bool, int, float, str, type(None), type(Ellipsis), torch.dtype, torch.device)
-        ):
+        if isinstance(tree, (Ref, Input, bool, int, float, str, type(None), type(Ellipsis), torch.dtype, torch.device)):
             return (type(tree).__name__, tree)
         return ("object", id(tree))
 

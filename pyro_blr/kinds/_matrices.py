@@ -131,9 +131,7 @@ def _scaled(call: Call, a: Value, b: Value) -> Value | None:
     if matrix.is_single:
         return None
     kept_batch = matrix.shape[:-2] == step.shape[:-2]
-    token = (
-        matrix.token if kept_batch and matrix.shape == step.shape else ("scaled", matrix.token, step.shape)
-    )
+    token = matrix.token if kept_batch and matrix.shape == step.shape else ("scaled", matrix.token, step.shape)
     shared = matrix.shared if kept_batch else 2
     like = replace(matrix, shape=step.shape, token=token, shared=shared, is_diagonal=False)
     return step.monomial(like, matrix.power, None)
@@ -172,11 +170,7 @@ def factored(step: Step, value: Value) -> Value:
         return step.constant()
     if value.form is Form.MATRIX:
         return replace(value, form=Form.CHOLESKY, token=("cholesky", value.token), factor=CholeskyFactor())
-    if (
-        step.sort.is_positive
-        and _square(value)
-        and (_scales(value) or (value.is_monomial and value.is_diagonal))
-    ):
+    if step.sort.is_positive and _square(value) and (_scales(value) or (value.is_monomial and value.is_diagonal)):
         return step.monomial(value, 0.5 * value.power, None)
     return step.other()
 
@@ -237,17 +231,11 @@ def solve_triangular(call: Call) -> Value:
     options = call.node.kwargs
     if not matrix.is_constant:
         is_lower = matrix.factor is not None and matrix.factor.is_lower
-        if (
-            options.get("upper") is is_lower
-            or options.get("unitriangular")
-            or options.get("left", True) is not True
-        ):
+        if options.get("upper") is is_lower or options.get("unitriangular") or options.get("left", True) is not True:
             return call.step.other()
         if matrix.factor is None and not matrix.is_diagonal:
             return call.step.other()
-    return _solved(
-        call, inverted(replace(call.step, shape=matrix.shape), matrix), call.argument(1, "B"), right
-    )
+    return _solved(call, inverted(replace(call.step, shape=matrix.shape), matrix), call.argument(1, "B"), right)
 
 
 def _solved(call: Call, inverse: Value, argument: Any, right: Value) -> Value:
@@ -257,9 +245,7 @@ def _solved(call: Call, inverse: Value, argument: Any, right: Value) -> Value:
     if not inverse.is_constant and inverse.shape == call.step.shape and _is_identity(call, argument):
         call.assume(argument)
         return inverse
-    if (
-        len(inverse.shape) == len(right.shape) == len(call.step.shape)
-    ):  # else `right` may be a batch of vectors
+    if len(inverse.shape) == len(right.shape) == len(call.step.shape):  # else `right` may be a batch of vectors
         result = _congruence(call, inverse, right) or _scaled(call, inverse, right)
         if result is not None:
             return result

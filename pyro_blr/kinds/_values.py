@@ -196,18 +196,14 @@ class Step:
             coefficient = None
         if power == 0:
             return self.constant(coefficient)
-        return replace(
-            like, form=Form.MONOMIAL, power=power, coefficient=coefficient, operation="", source=""
-        )
+        return replace(like, form=Form.MONOMIAL, power=power, coefficient=coefficient, operation="", source="")
 
     def linear(self, value: Value) -> Value:
         """A linear map of `value` of which no more is known."""
         if value.is_constant:
             return self.constant()
         if value.is_monomial and value.is_single:
-            like = replace(
-                value, shape=self.shape, shared=len(self.shape), is_whole=self.sort.event_dims == 0
-            )
+            like = replace(value, shape=self.shape, shared=len(self.shape), is_whole=self.sort.event_dims == 0)
             return self.monomial(replace(like, is_diagonal=False), value.power, None)
         return self.affine() if value.is_affine else self.other()
 

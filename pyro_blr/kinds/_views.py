@@ -145,13 +145,7 @@ def _dims_used(call: Call, item: Any) -> int:
     if item is None or item is Ellipsis or isinstance(item, bool):
         return 0
     tensor = call.tensor(item)
-    dtype = (
-        call.tape.nodes[item.index].dtype
-        if isinstance(item, Ref)
-        else None
-        if tensor is None
-        else tensor.dtype
-    )
+    dtype = call.tape.nodes[item.index].dtype if isinstance(item, Ref) else None if tensor is None else tensor.dtype
     if dtype in (torch.bool, torch.uint8):
         return len(call.shape_of(item))
     return 1
@@ -176,12 +170,7 @@ def transposed(call: Call, value: Value) -> Value:
     if value.form is Form.CHOLESKY and value.factor is not None:
         left, flipped, lower = value.factor
         return replace(value, factor=type(value.factor)(not left, not flipped, not lower))
-    if (
-        value.is_monomial
-        and square
-        and (value.is_diagonal or value.shared >= 2)
-        and step.sort.event_dims == 0
-    ):
+    if value.is_monomial and square and (value.is_diagonal or value.shared >= 2) and step.sort.event_dims == 0:
         return value
     if value.product is not None:  # (A W)ᵀ = W Aᵀ
         side, matrix = value.product
@@ -233,16 +222,12 @@ VIEW_RULES: dict[str, Rule] = {
         "clone _identity contiguous detach alias to type type_as double float half bfloat16".split(),
         unchanged,
     ),
-    **dict.fromkeys(
-        "cpu cuda as_tensor asarray positive real conj resolve_conj resolve_neg".split(), unchanged
-    ),
+    **dict.fromkeys("cpu cuda as_tensor asarray positive real conj resolve_conj resolve_neg".split(), unchanged),
     **dict.fromkeys("reshape view flatten unflatten ravel view_as reshape_as".split(), view(_in_order)),
     **dict.fromkeys("squeeze unsqueeze repeat tile atleast_1d".split(), view(_in_order)),
     **dict.fromkeys("expand expand_as broadcast_to".split(), expand),
     **dict.fromkeys("select narrow index_select".split(), view(_right_of(1, "dim"))),
-    **dict.fromkeys(
-        "gather take_along_dim take masked_select diagonal linalg_diagonal unfold".split(), view(_nothing)
-    ),
+    **dict.fromkeys("gather take_along_dim take masked_select diagonal linalg_diagonal unfold".split(), view(_nothing)),
     **dict.fromkeys("flip fliplr flipud".split(), view(_flip)),
     **dict.fromkeys("movedim moveaxis".split(), view(_swap)),
     **dict.fromkeys("mT mH H T t adjoint transpose swapaxes swapdims".split(), transpose),

@@ -59,7 +59,6 @@ class Likelihood(ABC):
         """
         return sum_terms(self.terms(**arguments), num_event_dims, weights)
 
-
     @final
     def weighted_total(
         self,

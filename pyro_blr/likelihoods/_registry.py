@@ -33,8 +33,6 @@ def likelihood_of(distribution_class: type[Distribution]) -> Likelihood | None:
     """
     for base in distribution_class.__mro__:
         if base in _LIKELIHOODS:
-            inherited = all(
-                getattr(distribution_class, n) is getattr(base, n) for n in ("log_prob", "__init__")
-            )
+            inherited = all(getattr(distribution_class, n) is getattr(base, n) for n in ("log_prob", "__init__"))
             return _LIKELIHOODS[base] if inherited else None
     return None

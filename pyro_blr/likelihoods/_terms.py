@@ -146,7 +146,9 @@ def sum_terms(terms: Sequence[Term | Tensor], num_event_dims: int, weights: Tens
 
 def _contract_terms(terms: Sequence[Term | Tensor], num_event_dims: int, weights: Tensor | None) -> Tensor:
     """Σ_j Σ_event w term_j, term by term; one that lacks an event dim counts as often as it is long."""
-    terms = sorted(terms, key=lambda term: torch.broadcast_shapes(*_operands(term)).numel())  # small ones are added first
+    terms = sorted(
+        terms, key=lambda term: torch.broadcast_shapes(*_operands(term)).numel()
+    )  # small ones are added first
     event_sizes = [_event_size([term], num_event_dims, weights) for term in terms]
     event_size = _event_size(terms, num_event_dims, weights)
     total: Tensor | None = None

@@ -26,9 +26,7 @@ class Beta(Likelihood):
         alpha, beta = (as_tensor(arguments[name], value) for name in ("concentration1", "concentration0"))
         return {"value": value, "concentration1": alpha, "concentration0": beta}
 
-    def terms(
-        self, value: Probability, concentration1: Constant, concentration0: Constant
-    ) -> Sequence[Term | Tensor]:
+    def terms(self, value: Probability, concentration1: Constant, concentration0: Constant) -> Sequence[Term | Tensor]:
         alpha, beta = concentration1.value, concentration0.value
         return [
             Product(alpha - 1, value.log),
