@@ -176,7 +176,8 @@ def check_same_block(known: Block, block: Block) -> None:
         if before.get(plate.name, plate.size) != plate.size:
             raise ValueError(
                 f"site {sites}: found plate {plate.name!r} of size {plate.size} in this step, expected {before[plate.name]} as in the "
-                f"steps before: q has a factor for each of its elements. Say the full size, pyro.plate({plate.name!r}, {before[plate.name]}, "
+                f"steps before: q has a factor for each of its elements. Say the full size, "
+                f"pyro.plate({plate.name!r}, {before[plate.name]}, "
                 "subsample=indices), or make a new BLRInference for other data"
             )
     if (known.family, known.full_shape) != (block.family, block.full_shape):
