@@ -155,7 +155,7 @@ class GuideFit:
         """Site -> draws of the guide."""
         count = torch.Size(sample_shape).numel()
         draws = Predictive(self.guide, num_samples=max(count, 1))(*self.args, **self.kwargs)
-        return {name: x.reshape(*sample_shape, *x.shape[1:]) for name, x in draws.items() if not name.startswith("_")}
+        return {name: x.reshape((*sample_shape, *x.shape[1:])) for name, x in draws.items() if not name.startswith("_")}
 
 
 def check_guide(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:

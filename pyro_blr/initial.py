@@ -220,7 +220,7 @@ def moments_at(block: Block, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if is_gaussian(family):
         u = unconstrain(block, values)
         base = family.base if isinstance(family, TransformedNormal) else family
-        u = u.reshape(*u.shape[: u.dim() - 1 - block.elements], *_elements_of(block), *base.event_shape)
+        u = u.reshape((*u.shape[: u.dim() - 1 - block.elements], *_elements_of(block), *base.event_shape))
         if isinstance(base, MultivariateNormal):
             return {"mean": u, "covariance": u.new_zeros(*u.shape, u.shape[-1])}
         return {"mean": u, "variance": torch.zeros_like(u)}

@@ -725,6 +725,14 @@ def test_a_flat_prior_with_data_is_proper():
     assert abs(float(m.mean) - 1.2) < 1e-6 and abs(float(m.stddev) - 2.0) < 1e-6
 
 
+def test_init_of_scalar_sites_is_taken():
+    """What the refusals above leave through: a number for a site of any family."""
+    engine = BLRInference(line, init={"m": 0.7, "tau": 2.0}, blocks="sites")
+    posterior = engine.run(Y, progress=False, max_steps=50)
+    other = BLRInference(line, init={"m": torch.tensor(-3.0)}).run(Y, progress=False, max_steps=50)
+    assert float(posterior["m"].stddev) > 0 and float(other["m"].stddev) > 0
+
+
 # -- without Pyro's validation: our own words ----------------------------------------------------------------
 
 

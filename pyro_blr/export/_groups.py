@@ -184,7 +184,7 @@ def _observed(runs: ModelRuns, name: str) -> Variable:
     statement, value = runs.statements[name], runs.first.values[name]
     masked = runs.first.log_probs[name].isnan()
     if bool(masked.any()):
-        masked = masked.reshape(*masked.shape, *[1] * (value.dim() - masked.dim()))
+        masked = masked.reshape((*masked.shape, *[1] * (value.dim() - masked.dim())))
         value = torch.where(masked, torch.nan, value.to(torch.promote_types(value.dtype, torch.get_default_dtype())))
     variable = _laid_out(runs, name, value.expand(statement.shape)[None])
     return Variable(variable.values[0, 0], variable.names, variable.labels, sample=())
