@@ -252,7 +252,10 @@ def _check_groups(groups: Iterable[tuple[str, ...]], graph: FactorGraph) -> None
 def _site_block(site: Site, elementwise: bool) -> Block:
     base, _, _ = unwrap(site.distribution)
     event_dim = site.distribution.event_dim
+    event = site.shape[len(site.shape) - event_dim :]
     family = site.infer.get("blr", {}).get("family")
+    if callable(family):
+        family = family(site.support, event)
     states = None
     if family is None:
         if site.support.is_discrete:
@@ -262,14 +265,13 @@ def _site_block(site: Site, elementwise: bool) -> Block:
         if family is None and _is_real(site.support):
             family = Normal()
         if family is None:
-            family = pushforward_family(site.support, site.shape[len(site.shape) - event_dim :])
+            family = pushforward_family(site.support, event, diagonal=elementwise)
         if family is None:
             raise ValueError(
                 f"site {site.name!r}: found support {site.support}, expected one with a bijection from real vectors; "
                 "no exponential family is known for it. Reparameterise the site, or give a guide of your own"
             )
     elements = event_dim - len(family.event_shape)
-    event = site.shape[len(site.shape) - event_dim :]
     if isinstance(family, Normal) and event_dim > 0 and not elementwise:
         family, elements = MultivariateNormal(event.numel()), 0
     elif isinstance(family, MultivariateNormal) and elementwise:

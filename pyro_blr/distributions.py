@@ -153,12 +153,14 @@ class PushedNormal(Pushforward):
 
     def draws(self, num_points: int = 8192) -> Tensor:
         """Quasi-random draws, (num_points, *batch, *event), equal from call to call."""
-        loc, scale_tril = self.base_dist.loc, self.base_dist.scale_tril
+        loc = self.base_dist.mean
         sobol = torch.quasirandom.SobolEngine(loc.shape[-1], scramble=True, seed=0)
         points = sobol.draw(num_points, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
         z = torch.special.ndtri(points).to(loc)
-        z = z.reshape(num_points, *(1 for _ in loc.shape[:-1]), loc.shape[-1], 1)
-        return self.push(loc + (scale_tril @ z).squeeze(-1))
+        z = z.reshape(num_points, *(1 for _ in loc.shape[:-1]), loc.shape[-1])
+        if isinstance(self.base_dist, torch.distributions.Independent):
+            return self.push(loc + self.base_dist.stddev * z)
+        return self.push(loc + (self.base_dist.scale_tril @ z.unsqueeze(-1)).squeeze(-1))
 
     def _integrate(self, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """E t and Var t by nodes z of spacing h; the mass of a t like exp is up to 2 s away from 0."""

@@ -15,6 +15,7 @@ from pyro_blr.families import (
     Bernoulli,
     Beta,
     Categorical,
+    DiagonalNormal,
     Dirichlet,
     Gamma,
     InverseGamma,
@@ -125,7 +126,9 @@ def _natural_of_pushforward(block: Block, family: Any, base: Any, distribution: 
 
 
 def diagonal_natural(family: Any, mean: Tensor, variance: Tensor) -> Tensor:
-    """λ of independent Gaussians, in a Normal or a MultivariateNormal family."""
+    """λ of independent Gaussians, in a Normal, DiagonalNormal or MultivariateNormal family."""
+    if isinstance(family, DiagonalNormal):
+        return family.natural_of(mean, variance)
     first, second = mean / variance, -0.5 / variance
     if not isinstance(family, MultivariateNormal):
         return torch.stack([first, second], -1)

@@ -91,6 +91,8 @@ def variable_distribution(block: Block, natural: Tensor) -> Any:
 
 def _in_precision(distribution: Any, dtype: torch.dtype) -> Any:
     """The same Gaussian or Wishart with its arguments rounded, not its λ."""
+    if isinstance(distribution, torch.distributions.Independent):
+        return _in_precision(distribution.base_dist, dtype).to_event(distribution.reinterpreted_batch_ndims)
     if isinstance(distribution, dist.Normal):
         return dist.Normal(distribution.loc.to(dtype), distribution.scale.to(dtype), validate_args=False)
     scale_tril = distribution.scale_tril.to(dtype)
@@ -147,7 +149,9 @@ def gaussian_moments(block: Block, natural: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (*batch, d) and covariance (*batch, d, d) of a Gaussian block's flat unconstrained variable."""
     moments = block.family.moments(natural)
     mean = moments["mean"]
-    if "covariance" not in moments:
+    if "covariance" not in moments and mean.dim() == natural.dim():  # independent elements of one event
+        covariance = moments["variance"].diag_embed()
+    elif "covariance" not in moments:
         mean, covariance = mean.unsqueeze(-1), moments["variance"][..., None, None]
     else:
         covariance = moments["covariance"]

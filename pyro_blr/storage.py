@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_blr.blocks import Block, Member
-from pyro_blr.families import ExponentialFamily, TransformedNormal, pushforward_family
+from pyro_blr.families import DiagonalNormal, ExponentialFamily, TransformedNormal, pushforward_family
 from pyro_blr.graph import Plate, Site
 
 __all__ = ["Prior", "read", "snapshot", "write"]
@@ -189,6 +189,7 @@ def _encode_family(family: ExponentialFamily, tensors: dict[str, Tensor]) -> dic
             "name": name,
             "support": _encode(family.support, tensors),
             "event_shape": list(family.event_shape),
+            "diagonal": isinstance(family.base, DiagonalNormal),
         }
     return {"name": name, **{field.name: getattr(family, field.name) for field in fields(family)}}  # type: ignore[arg-type]
 
@@ -196,7 +197,8 @@ def _encode_family(family: ExponentialFamily, tensors: dict[str, Tensor]) -> dic
 def _decode_family(item: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExponentialFamily:
     options = {key: value for key, value in item.items() if key != "name"}
     if item["name"] == TransformedNormal.__name__:
-        family = pushforward_family(_decode(item["support"], tensors), torch.Size(item["event_shape"]))
+        shape, diagonal = torch.Size(item["event_shape"]), bool(item.get("diagonal", False))
+        family = pushforward_family(_decode(item["support"], tensors), shape, diagonal=diagonal)
         if family is None:
             raise ValueError(f"found support {item['support']}, expected one with a bijection from real vectors")
         return family

@@ -40,7 +40,8 @@ def gaussian_natural(family: ExponentialFamily, mean: Tensor, moments: Mapping[s
         precision = torch.linalg.inv(moments["covariance"])
         first = (precision @ mean.unsqueeze(-1)).squeeze(-1)
     else:
-        first = (mean / moments["variance"]).unsqueeze(-1)
+        first = mean / moments["variance"]
+        first = first if first.dim() == like.dim() else first.unsqueeze(-1)  # elements inside an event, or one by one
     if isinstance(family, LogNormal):
         first = first - 1  # the Jacobian of log x
     return torch.cat([first, like[..., first.shape[-1] :]], -1)

@@ -88,15 +88,24 @@ SUPPORTS = {
     "corr_cholesky": (constraints.corr_cholesky, (3, 3)),
     "corr_matrix": (constraints.corr_matrix, (3, 3)),
 }
-NAMES = [*DISTRIBUTIONS, *SUPPORTS]
+DIAGONAL = {  # the same with independent elements of u
+    "diagonal simplex": (constraints.simplex, (4,)),
+    "diagonal two simplices": (constraints.independent(constraints.simplex, 1), (2, 3)),
+    "diagonal corr_cholesky": (constraints.corr_cholesky, (3, 3)),
+    "diagonal positive vector": (constraints.positive, (3,)),
+    "diagonal real vector": (constraints.real_vector, (3,)),
+}
+NAMES = [*DISTRIBUTIONS, *SUPPORTS, *DIAGONAL]
 
 
 def make(name: str, batch: tuple[int, ...] = ()) -> tuple[ExponentialFamily, Tensor, dist.Distribution]:
     """(family, λ, the distribution that λ was read from)."""
-    if name in SUPPORTS:
-        family = pushforward_family(*SUPPORTS[name])
+    if name in SUPPORTS or name in DIAGONAL:
+        family = pushforward_family(*{**SUPPORTS, **DIAGONAL}[name], diagonal=name in DIAGONAL)
         d = family.base.event_shape
-        if d:
+        if name in DIAGONAL:
+            base = dist.Normal(mean(*batch, *d) / 2, uniform(*batch, *d, high=1.0)).to_event(1)
+        elif d:
             base = dist.MultivariateNormal(mean(*batch, *d) / 2, spd(*batch, *d, *d) / 4)
         else:
             base = dist.Normal(mean(*batch) / 2, uniform(*batch, high=1.0))

@@ -6,6 +6,7 @@ from ._registry import family_of, register_family
 from .bernoulli import Bernoulli
 from .beta import Beta
 from .categorical import Categorical
+from .diagonal_normal import DiagonalNormal
 from .dirichlet import Dirichlet
 from .gamma import Gamma
 from .inverse_gamma import InverseGamma
@@ -19,6 +20,7 @@ __all__ = [
     "Bernoulli",
     "Beta",
     "Categorical",
+    "DiagonalNormal",
     "Dirichlet",
     "ExponentialFamily",
     "Gamma",

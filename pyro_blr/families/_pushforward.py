@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ._base import ExponentialFamily
+from .diagonal_normal import DiagonalNormal
 from .multivariate_normal import MultivariateNormal
 from .normal import Normal
 from .transformed_normal import TransformedNormal, support_key
@@ -51,9 +52,10 @@ class LowerCholeskyVector(transforms.Transform):
         return torch.Size([*shape[:-2], shape[-1] * (shape[-1] + 1) // 2])
 
 
-def pushforward_family(support: Any, event_shape: torch.Size) -> ExponentialFamily | None:
+def pushforward_family(support: Any, event_shape: torch.Size, *, diagonal: bool = False) -> ExponentialFamily | None:
     """The Gaussian family of a support: Normal or MultivariateNormal on ℝ and ℝᵈ, else TransformedNormal.
 
+    The Gaussian has a full covariance over the event, or independent elements where it is `diagonal`.
     None where the support is discrete or has no bijection from ℝᵈ (a sphere, a support that is not known).
     """
     if support.is_discrete:
@@ -70,8 +72,9 @@ def pushforward_family(support: Any, event_shape: torch.Size) -> ExponentialFami
         transform = transforms.IndependentTransform(transform, missing)
     shape = transform.inverse_shape(event_shape)
     shape = torch.Size(shape[len(shape) - transform.domain.event_dim :])  # bounds may bring batch dimensions
-    base = MultivariateNormal(shape.numel()) if shape else Normal()
-    if _is_real(support) and shape == base.event_shape:
+    whole = DiagonalNormal if diagonal else MultivariateNormal
+    base = whole(shape.numel()) if shape else Normal()
+    if _is_real(support) and shape == base.event_shape and not diagonal:
         return base
     return TransformedNormal(event_shape, shape, base, support_key(support), support, transform)
 

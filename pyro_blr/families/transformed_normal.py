@@ -10,6 +10,7 @@ from pyro.distributions import constraints, transforms
 from torch import Tensor
 
 from ._base import ExponentialFamily
+from .diagonal_normal import DiagonalNormal
 
 
 def support_key(value: Any) -> Hashable:
@@ -51,7 +52,7 @@ class TransformedNormal(ExponentialFamily):
 
     shape: torch.Size
     unconstrained_shape: torch.Size  # of u before it is flattened
-    base: ExponentialFamily  # of u: Normal for a scalar, MultivariateNormal otherwise
+    base: ExponentialFamily  # of u: Normal for a scalar, else MultivariateNormal or DiagonalNormal
     key: Hashable = field(repr=False)  # `support_key` of the support
     support: Any = field(compare=False)
     transform: Any = field(compare=False, repr=False)
@@ -114,7 +115,9 @@ class TransformedNormal(ExponentialFamily):
 
     def from_distribution(self, distribution: Any) -> Tensor:
         """λ of what `to_distribution` makes, or of a TransformedDistribution by the same bijection."""
-        gaussian = (torch.distributions.Normal, torch.distributions.MultivariateNormal)
+        gaussian: tuple = (torch.distributions.Normal, torch.distributions.MultivariateNormal)
+        if isinstance(self.base, DiagonalNormal):
+            gaussian = (torch.distributions.Independent,)
         inner, bijections = getattr(distribution, "base_dist", None), getattr(distribution, "transforms", [])
         if not isinstance(inner, gaussian) or inner.event_shape != self.base.event_shape:
             raise self._refuse(distribution)
