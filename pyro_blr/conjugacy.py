@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_blr.blocks import Block
+from pyro_blr.excuses import excuse
 from pyro_blr.expressions import Recorded, Recording, Ref
 from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, LogNormal, TransformedNormal, Wishart
 from pyro_blr.forms import (
@@ -28,21 +29,12 @@ from pyro_blr.forms import (
 )
 from pyro_blr.graph import Factor, FactorGraph
 from pyro_blr.kinds import Form, Kind, Sort, kind_of
-from pyro_blr.likelihoods import (
-    Constant,
-    Likelihood,
-    Linear,
-    Matrix,
-    Positive,
-    Probability,
-    Simplex,
-    Vector,
-    likelihood_of,
-)
+from pyro_blr.likelihoods import Likelihood, Linear, Vector, likelihood_of
 from pyro_blr.plans import PROVED, Argument, FactorPlan, Verdict
 from pyro_blr.probe import Probe
+from pyro_blr.reasons import contradiction, family_name, misaligned, misfit, site_family, unrecorded
 from pyro_blr.remedies import remedy_for
-from pyro_blr.running import generic_value, unwrap
+from pyro_blr.running import generic_value
 
 __all__ = ["analyse"]
 
@@ -58,6 +50,7 @@ class _Finding:
     points: int = 0
     operation: str = ""
     source: str = ""
+    cause: str = ""  # what only the values show
 
 
 _SORTS = {
@@ -73,18 +66,22 @@ def analyse(
     graph: FactorGraph,
     blocks: Mapping[str, Block],
     unfaithful: Mapping[str, frozenset[str]],
+    misaligned: Mapping[str, frozenset[str]] | None = None,
     judged: Mapping[str, FactorPlan] | None = None,
 ) -> dict[str, FactorPlan]:
     """A plan for every factor of the graph.
 
-    `unfaithful` names the factors whose recorded expressions do not reproduce the model, and the latents they depend on.
+    `unfaithful` names the factors whose recorded expressions do not reproduce the model, and the latents they depend on;
+    `misaligned` those whose table over the states of discrete sites is not the factor, and their latents.
     `judged` holds the plans of a graph of the same structure, whose verdicts hold for this one's data.
     """
     judge = _Judge(graph, blocks)
     plans = {}
     for name, factor in graph.factors.items():
         if name in unfaithful:
-            plans[name] = judge.replayed(factor, unfaithful[name])
+            plans[name] = judge.replayed(factor, unfaithful[name], aligned=True)
+        elif misaligned is not None and name in misaligned:
+            plans[name] = judge.replayed(factor, misaligned[name], aligned=False)
         elif judged is not None:
             plans[name] = judge.renewed(factor, judged[name])
         else:
@@ -98,12 +95,11 @@ class _Judge:
         self.block_of = {site: name for name, block in blocks.items() for site in block.site_names}
         self.probe = Probe(graph, blocks)
 
-    def replayed(self, factor: Factor, latents: frozenset[str]) -> FactorPlan:
+    def replayed(self, factor: Factor, latents: frozenset[str], aligned: bool) -> FactorPlan:
         """A factor that only running the model can evaluate."""
-        departures = [d for d in self.graph.tape.departures if not d.latents or d.latents & latents]
-        reason = self.graph.failure or "its expressions do not reproduce the model"
-        if departures:
-            reason = f"{departures[0].operation} ({departures[0].source})"
+        discrete = [
+            site for site in self.graph.sites if site in latents and self.blocks[self.block_of[site]].is_discrete
+        ]
         enumerated, sampled = self._replayable(latents)
         how = "Monte Carlo"
         if not sampled:
@@ -115,7 +111,7 @@ class _Judge:
             if not sampled:
                 verdicts.append(Verdict(factor.name, site, True, how))
                 continue
-            text = f"{factor.name}: {site} leaves the program's tensors: {reason}"
+            text = unrecorded(factor, site, self.graph, latents) if aligned else misaligned(factor, site, discrete)
             verdicts.append(Verdict(factor.name, site, False, how, text))
         return FactorPlan(factor, None, (), enumerated, (), sampled, tuple(verdicts), replayed=True)
 
@@ -138,7 +134,7 @@ class _Judge:
         reasons: dict[str, tuple[str, _Finding]] = {}
         likelihood, arguments = self._canonical(factor)
         if likelihood is None and factor.constructed is not None:
-            family = _family_name(factor)
+            family = family_name(factor)
             for name in continuous:
                 reasons[name] = (f"no closed form for {family}", _Finding(None, False))
         elif factor.constructed is None:
@@ -224,7 +220,7 @@ class _Judge:
                 if name in continuous:
                     where.setdefault(name, []).append(argument.name)
                     if name not in reasons:
-                        findings[argument.name, name] = self._judge(argument, name)
+                        findings[argument.name, name] = self._judge(factor, argument, name)
         for name, places in where.items():
             if name in reasons:
                 continue
@@ -236,54 +232,43 @@ class _Judge:
                 continue
             finding = findings[places[0], name]
             if finding.form is None:
-                reasons[name] = (self._why(arguments, places[0], name, finding), finding)
+                argument = next(argument for argument in arguments if argument.name == places[0])
+                text = misfit(argument, self.blocks[name], finding.operation, finding.source, finding.cause)
+                reasons[name] = (text, finding)
         return findings
 
-    def _why(self, arguments: Sequence[Argument], place: str, name: str, finding: _Finding) -> str:
-        role = next(argument.role for argument in arguments if argument.name == place)
-        sites = " and ".join(self.blocks[name].site_names)
-        what = _FORMS_IN_WORDS.get(role, role.requirement)
-        text = f"{place} is not {what} {sites}"
-        if finding.operation:
-            text += f": {finding.operation}" + (f" ({finding.source})" if finding.source else "")
-        elif isinstance(self.blocks[name].family, TransformedNormal):
-            text += f", a {_site_family(self.blocks[name])} site"
-        return text
-
-    def _judge(self, argument: Argument, name: str) -> _Finding:
+    def _judge(self, factor: Factor, argument: Argument, name: str) -> _Finding:
         block = self.blocks[name]
         structural = self._structural(argument, block)
         try:
             form, points = numerical_at_all_states(self.probe, argument, block)
         except UNUSABLE as error:
-            return _Finding(None, False, 0, f"it cannot be evaluated at other values: {error}")
+            return _Finding(None, False, cause=f"it cannot be evaluated at other values: {error}")
         claimed = allowed_form(argument.role, block, structural) if structural is not None else None
         if claimed is not None and form is not None:
             return _Finding(claimed, True, points)
         if form is not None and holds_for_other_data(self.probe, argument, block, form):
             return _Finding(form, False, points)
-        operation = structural.operation if structural is not None else ""
-        source = structural.source if structural is not None else ""
-        if claimed is not None:
-            operation = (
-                operation or "the expression is of the form but its values are not (a constraint of the family fails)"
-            )
-        return _Finding(None, False, points, operation, source)
+        if structural is None:
+            return _Finding(None, False, points)
+        if claimed is None:
+            return _Finding(None, False, points, structural.operation, structural.source)
+        cause = excuse(self.probe, argument, block)
+        if not cause and len(block.members) == 1:  # about several sites together the structural judge asks the numbers
+            raise RuntimeError(contradiction(factor, argument, block, structural, points))
+        return _Finding(None, False, points, structural.operation, structural.source, cause)
 
     def _structural(self, argument: Argument, block: Block) -> Kind | None:
-        if isinstance(block.family, TransformedNormal):
-            return None
+        named = self.graph.tape.latents_of(argument.ref)
+        if any(isinstance(m.family or block.family, TransformedNormal) for m in block.members if m.site.name in named):
+            return None  # the block's variable is not the site, but what is pushed onto it
         sort = Sort.REAL
         for family, candidate in _SORTS.items():
             if isinstance(block.family, family):
                 sort = candidate
         if isinstance(block.family, LogNormal):
             sort = Sort.POSITIVE
-        kinds = [
-            kind_of(self.graph.tape, argument.ref, site, sort)
-            for site in block.site_names
-            if site in self.graph.tape.latents_of(argument.ref)
-        ]
+        kinds = [kind_of(self.graph.tape, argument.ref, site, sort) for site in block.site_names if site in named]
         if len(kinds) == 1:
             return kinds[0]
         others = [kind for kind in kinds if allowed_form(argument.role, block, kind) is None]
@@ -310,15 +295,14 @@ class _Judge:
         for name in names:
             block = self.blocks[name]
             mine = [finding for (_, other), finding in findings.items() if other == name]
-            for site in block.site_names:
-                if site not in factor.latents:
-                    continue
+            for site in (site.name for site in block.sites if site.name in factor.latents):
                 if name in reasons:
                     reason, finding = reasons[name]
                     if factor.source and not reason.endswith(")"):
                         reason += f" ({factor.source})"
                     argument = next((a for (a, other) in findings if other == name), "")
-                    remedy = remedy_for(_family_name(factor), argument, _site_family(block), finding.operation)
+                    prior = site_family(self.graph.sites[site])
+                    remedy = remedy_for(family_name(factor), argument, prior, finding.operation)
                     result.append(
                         Verdict(factor.name, site, False, "Monte Carlo", f"{factor.name}: {reason}", remedy, argument)
                     )
@@ -332,31 +316,6 @@ class _Judge:
                         how = f"exact (verified numerically at {min(f.points for f in unproved)} points)"
                     result.append(Verdict(factor.name, site, True, how))
         return tuple(result)
-
-
-_FORMS_IN_WORDS = {
-    Linear: "affine in",
-    Vector: "affine in",
-    Positive: "proportional to",
-    Probability: "equal (up to complement) to",
-    Simplex: "equal to",
-    Matrix: "proportional to",
-    Constant: "free of",
-}
-
-
-def _family_name(factor: Factor) -> str:
-    if factor.constructed is None:
-        return type(factor.distribution).__name__
-    return factor.constructed.distribution_class.__name__
-
-
-def _site_family(block: Block) -> str:
-    return (
-        type(unwrap(block.sites[0].distribution)[0]).__name__
-        if len(block.members) == 1
-        else type(block.family).__name__
-    )
 
 
 def _combine_shared(canonical: dict[str, Any], likelihood: Likelihood, blocks_of: Any) -> dict[str, Any]:

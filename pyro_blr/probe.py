@@ -31,12 +31,17 @@ from pyro_blr.families import (
 from pyro_blr.graph import FactorGraph
 from pyro_blr.running import generic_value, isolated_random_state
 
-__all__ = ["Probe", "close", "leaf_point", "leaf_shape"]
+__all__ = ["Probe", "close", "leaf_point", "leaf_shape", "tolerance"]
 
 _ROWS = 12  # rows of a large plate that are enough to see a form
 _LARGE = 64  # plates beyond this size are cut
 _STATES = 8  # states of a discrete site that are looked at one by one
 _TURNS = 16  # joint states of several
+
+
+def tolerance(*values: Tensor) -> float:
+    """The relative difference that counts as rounding, by the least precise dtype."""
+    return 1e-8 if all(value.dtype == torch.float64 for value in values) else 2e-4
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -45,11 +50,10 @@ def close(a: Tensor, b: Tensor) -> bool:
         a, b = torch.broadcast_tensors(a, b)
     if a.numel() == 0:
         return True
-    tolerance = 1e-8 if a.dtype == b.dtype == torch.float64 else 2e-4
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         return False
     scale = torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30)
-    return bool((a - b).abs().max() <= tolerance * scale)
+    return bool((a - b).abs().max() <= tolerance(a, b) * scale)
 
 
 def leaf_shape(block: Block) -> tuple[int, ...]:

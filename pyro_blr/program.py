@@ -24,6 +24,9 @@ from pyro_blr.running import generic_value, run_model, same_run
 __all__ = ["Program", "Programs"]
 
 
+_Latents = Mapping[str, frozenset[str]]  # factor -> latents
+
+
 class Sweeps:
     """Counts the sweeps over a small exact model, and flattens them once they are many."""
 
@@ -109,7 +112,7 @@ class Programs:
     def __init__(self, model: Callable, blocks: str | Sequence[Sequence[str]]):
         self.model, self.blocks = model, blocks
         self._last: Program | None = None
-        self._judged: dict[Any, tuple[Mapping[str, FactorPlan], Mapping[str, frozenset[str]]]] = {}
+        self._judged: dict[Any, tuple[Mapping[str, FactorPlan], _Latents, _Latents]] = {}
         self._generic: dict[str, Tensor] = {}
         self._orders: dict[Any, dict[str, int]] = {}
 
@@ -152,15 +155,14 @@ class Programs:
     ) -> Messages:
         """Messages under the verdicts of an earlier run of the same structure, or under new ones."""
         if key in self._judged:
-            judged, unfaithful = self._judged[key]
-            return Messages(graph, blocks, analyse(graph, blocks, unfaithful, judged), replay)
+            judged, unfaithful, misaligned = self._judged[key]
+            return Messages(graph, blocks, analyse(graph, blocks, unfaithful, misaligned, judged), replay)
         unfaithful = unfaithful_factors(self.model, args, kwargs, graph)
         messages = Messages(graph, blocks, analyse(graph, blocks, unfaithful), replay)
         misaligned = misaligned_factors(graph, blocks, messages.plans, messages.averages)
         if misaligned:
-            unfaithful = {**unfaithful, **misaligned}
-            messages = Messages(graph, blocks, analyse(graph, blocks, unfaithful), replay)
-        self._judged[key] = messages.plans, unfaithful
+            messages = Messages(graph, blocks, analyse(graph, blocks, unfaithful, misaligned), replay)
+        self._judged[key] = messages.plans, unfaithful, misaligned
         return messages
 
 

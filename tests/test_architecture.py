@@ -43,6 +43,8 @@ LAYERS = [
     "probe",
     "plans",
     "forms",
+    "excuses",
+    "reasons",
     "remedies",
     "conjugacy",
     "maps",
@@ -110,7 +112,7 @@ MATHEMATICS = {
 
 # Members of a package that are made of another member; beginnings with an underscore serve all of them.
 BUILT_ON: dict[str, set[str]] = {
-    "families/transformed_normal.py": {"normal", "multivariate_normal"},
+    "families/transformed_normal.py": {"normal", "multivariate_normal", "diagonal_normal"},
 }
 
 OPTIONAL = {"arviz", "xarray", "matplotlib", "tqdm", "triton", "IPython"}

@@ -421,6 +421,86 @@ def test_others_run(row):
         assert bool((posterior[site].stddev > 0).all())
 
 
+# -- priors of several elements, and of groups ------------------------------------------------------------------
+
+
+def half_cauchy_event(distribution) -> Callable:
+    def model():
+        s = pyro.sample("s", distribution())
+        with pyro.plate("n", 3):
+            pyro.sample("x", dist.Normal(torch.zeros(2), s).to_event(1), obs=torch.stack([Y, -Y], -1))
+
+    return model
+
+
+EVENTS = {
+    "to_event": lambda: dist.HalfCauchy(torch.ones(2)).to_event(1),
+    "expand, to_event": lambda: dist.HalfCauchy(torch.tensor(1.0)).expand([2]).to_event(1),
+    "masked": lambda: dist.HalfCauchy(torch.ones(2)).mask(torch.tensor(True)).to_event(1),
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_remedies_see_the_prior_below_to_event(name):
+    """The remedy is that of the scalar site."""
+    explanation = BLRInference(half_cauchy_event(EVENTS[name])).explain()
+    for factor, remedy in (("s", "Gamma on the precision"), ("x", "the same HalfCauchy(s) in two steps")):
+        (verdict,) = [v for v in explanation["s"] if v.factor == factor]
+        assert remedy in verdict.remedy
+
+
+def test_remedies_see_every_prior_of_a_group():
+    """A group of sites is one Gaussian; each keeps the remedy of its own prior, and the reason says which is in the way."""
+
+    def model():
+        s, w = pyro.sample("s", dist.HalfCauchy(torch.tensor(1.0))), normal("w")
+        observe(dist.Normal(2 * s + w, 1.0), Y)
+
+    explanation = BLRInference(model, blocks=[["s", "w"]]).explain()
+    verdicts = {(v.factor, v.site): v for site in "sw" for v in explanation[site]}
+    assert "HalfCauchy" in verdicts["s", "s"].remedy
+    assert "Normal on loc instead of HalfCauchy" in verdicts["x", "s"].remedy
+    assert "HalfCauchy" not in verdicts["x", "w"].remedy
+    assert "loc is not affine in s and w: s is a HalfCauchy site" in verdicts["x", "w"].reason
+
+
+# -- states that do not broadcast -----------------------------------------------------------------------------------
+
+
+def rolled():
+    with pyro.plate("n", 3):
+        k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
+        pyro.sample("x", dist.Normal(k.roll(1).double(), 1.0), obs=Y)  # here
+
+
+def averaged():
+    with pyro.plate("n", 3):
+        k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
+    pyro.sample("x", dist.Normal(k.double().mean(), 1.0), obs=Y[0])  # here
+
+
+def filled():
+    k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    chosen = torch.zeros(3).index_fill(0, k, 1.0)
+    pyro.sample("x", dist.Normal((z * chosen).sum(), 1.0), obs=Y[0])  # here
+
+
+@pytest.mark.parametrize("model", [rolled, averaged, filled], ids=lambda model: model.__name__)
+def test_states_that_do_not_broadcast(model):
+    """The recording is right, only all states at once are not: the reason says so, and not that a latent left torch."""
+    explanation = BLRInference(model).explain()
+    (verdict,) = [v for v in explanation["k"] if v.factor == "x"]
+    assert not verdict.exact
+    assert "x: the states of k cannot be tried all at once: elements of k meet in it" in verdict.reason
+    lines, first = inspect.getsourcelines(model)
+    here = first + next(i for i, line in enumerate(lines) if line.rstrip().endswith("# here"))
+    assert verdict.reason.endswith(f"(test_refusals.py:{here})")
+    if model is filled:
+        (verdict,) = [v for v in explanation["z"] if v.factor == "x"]
+        assert "so z is drawn with it" in verdict.reason
+
+
 def test_strict_refuses_what_numbers_alone_say():
     """`strict=True` takes proofs only; an operation that no rule knows is verified numerically."""
 
