@@ -223,7 +223,7 @@ class OrdinaryGradients:
         return self._fit
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        with pyro.poutine.block(), torch.random.fork_rng():
+        with pyro.poutine.block(), isolated_random_state():
             trace = pyro.poutine.trace(self.guide).get_trace(*args, **kwargs)
         reason = "the guide is not read as exponential families: ordinary gradient of loss through optim, as under SVI"
         sites = {name: reason for name in trace.stochastic_nodes}

@@ -230,3 +230,18 @@ def test_judging_draws_nothing_from_the_global_generators():
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
     assert random.getstate() == before[2]
+
+
+def test_devices_that_are_not_in_use_yet_keep_the_users_seed(monkeypatch):
+    """What torch.manual_seed would leave behind for a device that starts later is the user's own."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+
+    def model():
+        observe([-0.5, 0.3, 0.8][int(k_site())] + 2 * z_site().item())
+
+    engine = BLRInference(model)
+    torch.manual_seed(7)
+    for _ in range(3):
+        engine.step()
+    assert seeds == [7]
