@@ -33,8 +33,10 @@ class Ascent:
 
     @property
     def bound_kind(self) -> str:
-        if not self.program.is_exact or self.program.is_subsampled:
+        if not self.program.is_deterministic or self.program.is_subsampled:
             return "estimate ± standard error"
+        if not self.program.is_exact:
+            return "bound by quadrature"
         independent = all(not self.program.messages.neighbours(name) for name in self.program.blocks)
         coupled = any(self.program.messages.is_coupled(name) for name in self.program.blocks)
         return "exact evidence" if independent and not coupled else "exact bound"
@@ -94,8 +96,18 @@ class Ascent:
             assert draws is not None
             return self.targets.sampled(name, self.beliefs, draws)
         if messages.is_coupled(name):
-            return self.targets.coupled(name, self.beliefs)
+            exact = messages.is_exact(name)
+            return (self.targets.coupled if exact else self.targets.together)(name, self.beliefs)
         return self.targets.exact(name, self.beliefs)
+
+    def target_at_mean(self, name: str) -> Tensor:
+        """The target with a Gaussian block's factors taken at its mean: where Newton's method moves it to."""
+        beliefs = self.beliefs
+        self.beliefs = self.targets.narrowed(name, beliefs)
+        try:
+            return self.target(name, Draws(0, 0))
+        finally:
+            self.beliefs = beliefs
 
     def move(self, name: str, target: Tensor, rate: float) -> None:
         block = self.program.blocks[name]
@@ -139,7 +151,7 @@ class Ascent:
     def bound_before(self) -> float:
         """The ELBO at the present q (with `init` values standing as the narrow start they give)."""
         if self._bound is None:
-            draws = None if self.program.is_exact else Draws(_isolated_seed(), 32)
+            draws = None if self.program.is_deterministic else Draws(_isolated_seed(), 32)
             beliefs = self.beliefs
             if beliefs.points:
                 self.beliefs = Beliefs(beliefs.blocks, beliefs.naturals)
@@ -162,9 +174,10 @@ class Ascent:
     def estimates(self, draws: Draws | None, controlled: bool = False) -> Tensor:
         """The ELBO from each draw, (S,): exact terms, plus the sampled ones given that draw."""
         messages = self.program.messages
-        exact = [name for name, plan in self.program.plans.items() if plan.exact]
+        exact = [name for name, plan in self.program.plans.items() if plan.deterministic]
         silent = self._silent()
         total = messages.expected_log_prob(exact, self.beliefs.wide)
+        total = total + messages.expected_log_jacobian(self.program.blocks, self.beliefs.wide)
         total = total + messages.entropy(self.beliefs.naturals, silent).to(total.device)
         if len(exact) == len(self.program.plans):
             return total.unsqueeze(0)
@@ -174,8 +187,9 @@ class Ascent:
     def expected_log_joint(self, draws: Draws | None) -> Tensor:
         """Σ_f s_f E_q[log f], differentiable in the model's parameters."""
         messages = self.program.messages
-        exact = [name for name, plan in self.program.plans.items() if plan.exact]
+        exact = [name for name, plan in self.program.plans.items() if plan.deterministic]
         total = messages.expected_log_prob(exact, self.beliefs.wide)
+        total = total + messages.expected_log_jacobian(self.program.blocks, self.beliefs.wide)
         if draws is not None and len(exact) < len(self.program.plans):
             total = total + self.targets.sampled_bound(self.beliefs, draws).mean()
         return total
@@ -200,7 +214,7 @@ class Ascent:
             return bound
         messages = self.program.messages
         for name, plan in self.program.plans.items():
-            if plan.exact:
+            if plan.deterministic:
                 value = float(messages.expected_log_prob([name], self.beliefs.moments))
                 if not math.isfinite(value):
                     raise ImproperPosteriorError(

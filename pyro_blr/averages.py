@@ -17,6 +17,7 @@ from pyro_blr.arguments import Arguments, Moments, mean_leaf
 from pyro_blr.blocks import Block
 from pyro_blr.expressions import Ref
 from pyro_blr.graph import FactorGraph, broadcast_shape
+from pyro_blr.integrals import FactorIntegral
 from pyro_blr.likelihoods import Expectation, WeightedSums
 from pyro_blr.likelihoods import Normal as NormalLikelihood
 from pyro_blr.plans import FactorPlan
@@ -34,6 +35,7 @@ class FactorAverage:
         self.graph, self.blocks, self.plan = graph, blocks, plan
         self.points = {name: self._state_values(name, i) for i, name in enumerate(plan.enumerated)}
         self.arguments = Arguments(graph, blocks, plan)
+        self.integral = FactorIntegral(graph, blocks, plan) if plan.cut is not None else None
         self._summary: Any = _UNKNOWN
         self._weighted: WeightedSums | None = WeightedSums(torch.ones(()))
         self._weighted_by: list[Tensor] | None = None
@@ -111,14 +113,17 @@ class FactorAverage:
 
     def _in_model_precision(self, moments: Moments) -> Moments:
         """Data are not copied to float64 for the sake of a few expectations; sums over data accumulate in it."""
-        return {
+        narrow = {
             name: {key: value.to(self.blocks[name].dtype) for key, value in moments[name].items()}
             for name in (*self.plan.analytic, *self.plan.enumerated)
         }
+        return {**narrow, **{name: moments[name] for name in self.plan.integrated}}
 
     def elementwise(self, moments: Moments, samples: Mapping[str, Tensor]) -> Tensor:
         """s_f E[log f | enumerated states], shape (states..., *batch of the factor)."""
         env = self._environment(moments, samples)
+        if self.integral is not None:
+            return self._integrated(self.integral, moments, env)
         if not self.plan.analytic:
             return self._point_log_prob(env)
         constructed = self.plan.factor.constructed
@@ -132,6 +137,16 @@ class FactorAverage:
         elif constructed.reinterpreted and not self._value_covers_event(constructed):
             weights = torch.ones(constructed.batch_shape, dtype=_float_dtype(arguments), device=_device(arguments))
         result = self.plan.likelihood.expected_log_prob(arguments, constructed.reinterpreted, weights)
+        return self._scaled(result, mask, scale)
+
+    def _integrated(self, integral: FactorIntegral, moments: Moments, env: Mapping[str, Tensor]) -> Tensor:
+        constructed = self.plan.factor.constructed
+        assert constructed is not None
+        wide = {name: {key: value.double() for key, value in moments[name].items()} for name in self.plan.integrated}
+        result = integral(wide, env)
+        if constructed.reinterpreted:
+            result = result.flatten(-constructed.reinterpreted).sum(-1)
+        mask, scale = self.graph.tape.evaluate([self.plan.factor.mask, self.plan.factor.scale], env)
         return self._scaled(result, mask, scale)
 
     def _summarised(self, moments: Moments) -> QuadraticSummary | None:

@@ -23,6 +23,8 @@ __all__ = ["Climb", "climb", "guarded_sweep", "newton_start"]
 _HALVINGS = 20
 _NEWTON_STEPS = 30
 _NEWTON_ROUNDS = 3
+_NEAR = 1e-3  # nats that the last of them gains
+_NEAR_ENOUGH = 0.1  # the same where the steps after them are as good, and without noise
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,12 @@ def _newton(ascent: Ascent, name: str) -> None:
     ρ shortens the step in m, not in λ: under a vague prior λ would have to move by less than one part in 1 /
     its variance.
     """
-    draws, height = Draws(0, 0), _height(ascent, name)
+    height = _height(ascent, name)
+    enough = _NEAR if ascent.program.messages.sampled_factors(name) else _NEAR_ENOUGH
     for _ in range(_NEWTON_STEPS):
         start = ascent.beliefs
         try:
-            target = ascent.target(name, draws)
+            target = ascent.target_at_mean(name)
         except ImproperPosteriorError:
             return
         if not bool(torch.isfinite(target).all()):
@@ -86,7 +89,7 @@ def _newton(ascent: Ascent, name: str) -> None:
         else:
             ascent.beliefs = start
             return
-        if abs(reached - height) < 1e-3 and not halvings:
+        if abs(reached - height) < enough and not halvings:
             return
         height = reached
 
@@ -96,7 +99,7 @@ def _height(ascent: Ascent, name: str) -> float:
     return value if not math.isnan(value) else -math.inf
 
 
-def climb(ascent: Ascent, draws: Draws, tol: float, limit: int, tick: Callable[[float], bool]) -> Climb:
+def climb(ascent: Ascent, draws: Draws | None, tol: float, limit: int, tick: Callable[[float], bool]) -> Climb:
     """Sweeps on fixed draws until the extrapolated remaining distance, Σ_i s_i KL, is below `tol` nats.
 
     A sweep is halved while the bound falls by more than the draws' own noise.  `tick` is told the bound after
@@ -164,7 +167,7 @@ def extrapolation(previous: float, distance: float) -> float:
 
 
 def guarded_sweep(
-    ascent: Ascent, draws: Draws, rate: float, before: Tensor | None, names: list[str] | None = None
+    ascent: Ascent, draws: Draws | None, rate: float, before: Tensor | None, names: list[str] | None = None
 ) -> tuple[Tensor, float, float] | None:
     """A sweep at the rate, halved while the bound falls: (the bound's estimates, Σ_i s_i KL a full step, the
     rate); None where none holds.
@@ -186,7 +189,7 @@ def guarded_sweep(
     return None
 
 
-def _sweep(ascent: Ascent, names: list[str] | None, draws: Draws, rate: float) -> None:
+def _sweep(ascent: Ascent, names: list[str] | None, draws: Draws | None, rate: float) -> None:
     """On full data exact blocks take full steps."""
     program = ascent.program
     for name in ascent.order if names is None else names:

@@ -97,6 +97,18 @@ def source_line() -> str:
     return ""
 
 
+def _asked_by_the_program() -> bool:
+    """Whether the call that reached the tape stands outside torch, Pyro and this package."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename in _ON_THE_WAY:
+        frame = frame.f_back  # type: ignore[assignment]
+    filename = frame.f_code.co_filename if frame is not None else ""
+    return not filename.startswith(_LIBRARIES) and f"{os.sep}pyro{os.sep}" not in filename
+
+
+_ON_THE_WAY = frozenset({__file__, torch.overrides.__file__, torch._tensor.__file__})
+_SIZES = frozenset("shape size numel nelement __len__ stride is_same_size nbytes".split())
+
 # Queries of a tensor's form, not of its value: answering them is no departure from the tape.
 _FORM = frozenset(
     "dim size shape numel nelement ndim dtype device layout stride is_floating_point is_complex is_contiguous "
@@ -234,9 +246,13 @@ class Tape:
     written: Written = field(default_factory=Written)
     _owners: dict[int, tuple[Any, int]] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
+    watched: frozenset[str] = frozenset()  # latents that stand in another shape than the program's own
+    measured: set[str] = field(
+        default_factory=set
+    )  # those of them whose shape, or that of what follows, the program asked for
     _input_index: dict[int, int] = field(default_factory=dict)
     _latents: list[frozenset[str]] = field(default_factory=list)
-    _needed: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
+    _needed: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = field(default_factory=dict)
 
     def _here(self) -> str:
         return self.place or source_line()
@@ -292,6 +308,8 @@ class Tape:
             return self.record_tuple(function, args, kwargs, result)
         if name not in _FORM:
             self.depart(name, operands)
+        elif self.watched and name in _SIZES and _asked_by_the_program():
+            self.measured.update(*(self._latents[operand._index] & self.watched for operand in operands))
         return result
 
     def _record_broadcast(self, args: tuple, result: Sequence[Tensor]) -> tuple:
@@ -419,11 +437,18 @@ class Tape:
         return value
 
     def evaluate(
-        self, outputs: Sequence[Any], latents: Mapping[str, Tensor], inputs: Sequence[Tensor] | None = None
+        self,
+        outputs: Sequence[Any],
+        latents: Mapping[str, Tensor],
+        inputs: Sequence[Tensor] | None = None,
+        known: Mapping[int, Tensor] | None = None,
     ) -> list[Any]:
-        """The values of `outputs` (`Ref`s; anything else is returned as it is) at `latents`; a pure function."""
+        """The values of `outputs` (`Ref`s; anything else is returned as it is) at `latents`; a pure function.
+
+        `known` holds values of nodes that are taken as given.
+        """
         inputs = self.inputs if inputs is None else inputs
-        values: dict[int, Any] = {}
+        values: dict[int, Any] = dict(known or {})
 
         def fill(skeleton: Any) -> Any:
             if isinstance(skeleton, Ref):
@@ -438,7 +463,7 @@ class Tape:
                 return slice(fill(skeleton.start), fill(skeleton.stop), fill(skeleton.step))
             return skeleton
 
-        for index in self.needed(outputs):
+        for index in self.needed(outputs, tuple(values)):
             node = self.nodes[index]
             if isinstance(node.function, Latent):
                 values[index] = latents[node.function.name]
@@ -446,18 +471,18 @@ class Tape:
                 values[index] = node.function(*fill(node.args), **fill(node.kwargs))
         return [values[output.index] if isinstance(output, Ref) else output for output in outputs]
 
-    def needed(self, outputs: Sequence[Any]) -> tuple[int, ...]:
-        """The nodes that `outputs` depend on, in order."""
+    def needed(self, outputs: Sequence[Any], known: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """The nodes that `outputs` depend on, in order, but for those that are known."""
         roots = tuple(sorted({output.index for output in outputs if isinstance(output, Ref)}))
-        if roots not in self._needed:
+        if (roots, known) not in self._needed:
             wanted, stack = set(), list(roots)
             while stack:
                 index = stack.pop()
-                if index not in wanted:
+                if index not in wanted and index not in known:
                     wanted.add(index)
                     stack.extend(ref.index for ref in refs_in((self.nodes[index].args, self.nodes[index].kwargs)))
-            self._needed[roots] = tuple(sorted(wanted))
-        return self._needed[roots]
+            self._needed[roots, known] = tuple(sorted(wanted))
+        return self._needed[roots, known]
 
     def inputs_of(self, outputs: Sequence[Any]) -> list[Tensor]:
         """The tensors from outside that `outputs` are computed from."""
@@ -468,7 +493,7 @@ class Tape:
         return [*found.values(), *(output for output in outputs if isinstance(output, Tensor))]
 
     def design_matrix(self, ref: Any, latent: str) -> Tensor | None:
-        """X where the expression is X @ z, up to added constants, with z the vector `latent` itself; None elsewhere."""
+        """X where the expression is X @ z, up to added terms without z, with z the vector `latent` itself; None elsewhere."""
         if not isinstance(ref, Ref):
             return None
         node = self.nodes[ref.index]
@@ -486,11 +511,11 @@ class Tape:
                 ):
                     return self.inputs[left.index]
         if node.name in ("add", "sub") and len(node.args) == 2 and not node.kwargs:
-            left, right = node.args
-            if isinstance(left, Ref) and not isinstance(right, Ref):
-                return self.design_matrix(left, latent)
-            if isinstance(right, Ref) and not isinstance(left, Ref) and node.name == "add":
-                return self.design_matrix(right, latent)
+            left, right = (latent in self.latents_of(side) for side in node.args)
+            if left and not right:
+                return self.design_matrix(node.args[0], latent)
+            if right and not left and node.name == "add":
+                return self.design_matrix(node.args[1], latent)
         return None
 
     def structure(self, outputs: Sequence[Any]) -> tuple:

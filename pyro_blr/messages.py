@@ -17,6 +17,7 @@ from pyro_blr.blocks import Block
 from pyro_blr.expressions import Ref
 from pyro_blr.families import MultivariateNormal
 from pyro_blr.graph import FactorGraph
+from pyro_blr.integrals import log_jacobian
 from pyro_blr.plans import FactorPlan
 from pyro_blr.replays import Replays
 
@@ -54,7 +55,11 @@ class Messages:
 
     def sampled_factors(self, block: str) -> list[str]:
         """The block's factors that need draws."""
-        return [name for name in self.factors_of[block] if not self.plans[name].exact]
+        return [name for name in self.factors_of[block] if not self.plans[name].deterministic]
+
+    def drawn(self, block: str) -> bool:
+        """Whether some factor is averaged over draws of the block, and its log-Jacobian with it."""
+        return any(block in self.plans[name].sampled for name in self.factors_of[block])
 
     def is_coupled(self, block: str) -> bool:
         """Whether some factor combines several batch elements of a Gaussian block, which q holds to be independent."""
@@ -62,13 +67,13 @@ class Messages:
         return any(
             dim < -event
             for name in self.factors_of[block]
-            for argument in self.plans[name].arguments
+            for argument in self.plans[name].all_arguments
             for dim in argument.mixed.get(block, ())
         )
 
     def masked(self, block: str) -> Tensor | None:
         """The batch elements that the model masks out at the site's own statement; None where there is no mask."""
-        if len(self.blocks[block].members) > 1:
+        if self.blocks[block].is_joint:
             return None
         factor = self.graph.factors[self.blocks[block].site_names[0]]
         inner = factor.constructed.mask if factor.constructed is not None else None
@@ -98,8 +103,10 @@ class Messages:
     def exact_message(
         self, block: str, natural: Tensor, moments: Moments, factors: Iterable[str] | None = None
     ) -> Tensor:
-        """Σ_f s_f ∇_μ E_q[log f] over the block's exact factors, in closed form; shape of λ."""
-        factors = [name for name in self.factors_of[block] if self.plans[name].exact] if factors is None else factors
+        """Σ_f s_f ∇_μ E_q[log f] over the block's factors in closed form or by quadrature; shape of λ."""
+        factors = (
+            [name for name in self.factors_of[block] if self.plans[name].deterministic] if factors is None else factors
+        )
         if self.blocks[block].is_discrete:
             with torch.no_grad():
                 scores = self.state_table(block, moments, factors).to(natural.dtype)
@@ -107,6 +114,7 @@ class Messages:
         leaves = {key: value.detach().requires_grad_() for key, value in moments[block].items()}
         with torch.enable_grad():
             total = self.expected_log_prob(factors, {**moments, block: leaves})
+            total = total + self.expected_log_jacobian([block], {**moments, block: leaves})
             gradients: tuple = (None,) * len(leaves)
             if total.requires_grad:
                 gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
@@ -125,6 +133,14 @@ class Messages:
                 total = total + self.averages[name].total(moments, samples or {})
         if replayed:
             total = total + self.replays.total(replayed, moments, samples or {})
+        return total
+
+    def expected_log_jacobian(self, names: Iterable[str], moments: Moments) -> Tensor:
+        """Σ_i s_i E log|dx_i/du_i| over blocks that no factor draws, a float64 scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for name in names:
+            if not self.blocks[name].is_discrete and not self.drawn(name):
+                total = total + self.blocks[name].scale * log_jacobian(self.blocks[name], moments[name])
         return total
 
     def state_table(self, block: str, moments: Moments, factors: Iterable[str]) -> Tensor:

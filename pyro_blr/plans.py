@@ -10,7 +10,7 @@ from pyro_blr.graph import Factor
 from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Likelihood
 
-__all__ = ["PROVED", "Argument", "FactorPlan", "Verdict"]
+__all__ = ["PROVED", "Argument", "Cut", "FactorPlan", "Predictor", "Verdict"]
 
 PROVED = "exact (proved)"
 
@@ -41,9 +41,35 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Predictor:
+    """One number for each element of a factor's batch, affine in the variables of Gaussian blocks: what node `node` holds.
+
+    `transform`: the node moves elements of a site about that is the image of its block's variable; the predictor is the variable.
+    """
+
+    node: int
+    argument: Argument
+    transform: Any = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The predictors through which alone a factor sees the Gaussian blocks, elementwise: log f(predictors).
+
+    `joint`: the sum of two predictors, which tells their covariance.  `log_prob`: the recorded log density, None where the
+    distribution's arguments say all; `start` is where on the tape its record begins.
+    """
+
+    predictors: tuple[Predictor, ...]
+    joint: Argument | None = None
+    log_prob: Any = None
+    start: int = 0
+
+
+@dataclass(frozen=True)
 class FactorPlan:
-    """How E_q[log f] is computed: over `enumerated` blocks by summing, over `analytic` ones in closed form, over `sampled`
-    ones by drawing."""
+    """How E_q[log f] is computed: over `enumerated` blocks by summing, over `analytic` ones in closed form, over `integrated`
+    ones by quadrature over the predictors of `cut`, over `sampled` ones by drawing."""
 
     factor: Factor
     likelihood: Likelihood | None
@@ -53,11 +79,24 @@ class FactorPlan:
     sampled: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
     replayed: bool = False
+    integrated: tuple[str, ...] = ()
+    cut: Cut | None = None
 
     @property
     def exact(self) -> bool:
+        """Whether the expectation is in closed form."""
+        return not self.sampled and not self.integrated
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether no draws are needed: in closed form, or by quadrature."""
         return not self.sampled
 
     @property
+    def all_arguments(self) -> tuple[Argument, ...]:
+        """The canonical arguments, and the predictors where there is a cut."""
+        return (*self.arguments, *(predictor.argument for predictor in (self.cut.predictors if self.cut else ())))
+
+    @property
     def blocks(self) -> tuple[str, ...]:
-        return (*self.enumerated, *self.analytic, *self.sampled)
+        return (*self.enumerated, *self.analytic, *self.integrated, *self.sampled)

@@ -19,7 +19,9 @@ from pyro_blr.graph import FactorGraph
 from pyro_blr.lowering import lowered
 from pyro_blr.messages import Messages
 from pyro_blr.plans import PROVED, FactorPlan
-from pyro_blr.running import generic_value, run_model, same_run
+from pyro_blr.predictors import with_quadrature
+from pyro_blr.running import generic_value, run_model, run_sharing, same_run, subsample_values
+from pyro_blr.sharing import treats_elements_alike
 
 __all__ = ["Program", "Programs"]
 
@@ -70,6 +72,11 @@ class Program:
         return all(plan.exact for plan in self.plans.values())
 
     @property
+    def is_deterministic(self) -> bool:
+        """Whether no factor needs draws."""
+        return all(plan.deterministic for plan in self.plans.values())
+
+    @property
     def is_subsampled(self) -> bool:
         return any(plate.subsample_size != plate.size for plate in self.graph.plates.values())
 
@@ -115,15 +122,27 @@ class Programs:
         self._judged: dict[Any, tuple[Mapping[str, FactorPlan], _Latents, _Latents]] = {}
         self._generic: dict[str, Tensor] = {}
         self._orders: dict[Any, dict[str, int]] = {}
+        self._shares = True  # large discrete sites stand in one state throughout, as far as is known
 
     def run(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """The program of the model's run on these arguments; draws subsample indices from torch's generator."""
-        trace = run_model(self.model, args, kwargs, self._choose)
+        trace = self._trace(args, kwargs)
         if self._last is not None and same_run(self._last.trace, trace):
             return self._last
-        graph = capture(self.model, args, kwargs, trace)
-        self._last = self._understand(graph, trace, args, kwargs)
-        return self._last
+        program = self._understand(trace, args, kwargs)
+        if program is None:  # one state for all elements is not what the program says: from now on a state an element
+            self._shares = False
+            trace = run_model(self.model, args, kwargs, self._choose, subsample_values(trace))
+            program = self._understand(trace, args, kwargs)
+        assert program is not None
+        self._last = program
+        return program
+
+    def _trace(self, args: tuple, kwargs: Mapping[str, Any]) -> poutine.Trace:
+        if not self._shares:
+            return run_model(self.model, args, kwargs, self._choose)
+        trace, self._shares = run_sharing(self.model, args, kwargs, self._choose)
+        return trace
 
     def _choose(self, name: str, distribution: Any) -> Tensor:
         value = self._generic.get(name)
@@ -132,7 +151,11 @@ class Programs:
             value = self._generic[name] = generic_value(name, distribution)
         return value
 
-    def _understand(self, graph: FactorGraph, trace: poutine.Trace, args: tuple, kwargs: Mapping[str, Any]) -> Program:
+    def _understand(self, trace: poutine.Trace, args: tuple, kwargs: Mapping[str, Any]) -> Program | None:
+        """The program of a plain run; None where that shared states among elements which the model tells apart."""
+        graph = capture(self.model, args, kwargs, trace)
+        if graph.shared and not treats_elements_alike(graph):
+            return None
         check_graph(graph)
         blocks = build_blocks(graph, self.blocks)
         key = _structure(graph)
@@ -141,6 +164,8 @@ class Programs:
             return replayed_log_probs(self.model, args, kwargs, graph, values)
 
         messages = self._messages(key, graph, blocks, args, kwargs, replay)
+        if graph.shared and any(plan.replayed for plan in messages.plans.values()):
+            return None
         orders = self._orders.setdefault(key, {})
         return Program(trace, graph, blocks, messages.plans, messages, Sweeps(_suits_flattening(messages)), orders)
 
@@ -156,12 +181,15 @@ class Programs:
         """Messages under the verdicts of an earlier run of the same structure, or under new ones."""
         if key in self._judged:
             judged, unfaithful, misaligned = self._judged[key]
-            return Messages(graph, blocks, analyse(graph, blocks, unfaithful, misaligned, judged), replay)
+            plans = analyse(graph, blocks, unfaithful, misaligned, judged)
+            return Messages(graph, blocks, with_quadrature(graph, blocks, plans, judged=True), replay)
         unfaithful = unfaithful_factors(self.model, args, kwargs, graph)
-        messages = Messages(graph, blocks, analyse(graph, blocks, unfaithful), replay)
+        plans = with_quadrature(graph, blocks, analyse(graph, blocks, unfaithful), judged=False)
+        messages = Messages(graph, blocks, plans, replay)
         misaligned = misaligned_factors(graph, blocks, messages.plans, messages.averages)
         if misaligned:
-            messages = Messages(graph, blocks, analyse(graph, blocks, unfaithful, misaligned), replay)
+            plans = with_quadrature(graph, blocks, analyse(graph, blocks, unfaithful, misaligned), judged=False)
+            messages = Messages(graph, blocks, plans, replay)
         self._judged[key] = messages.plans, unfaithful, misaligned
         return messages
 

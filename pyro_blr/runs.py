@@ -68,6 +68,8 @@ class Run:
                 self._stochastic(again, parameters)
             elif self.program.is_exact:
                 self._exact()
+            elif self.program.is_deterministic:
+                self._integrated()
             else:
                 self._sampled()
         finally:
@@ -113,6 +115,20 @@ class Run:
 
     def _stop(self, reason: str) -> None:
         self.converged, self.stop_reason = True, reason
+
+    # -- quadrature ------------------------------------------------------------------------------------------
+
+    def _integrated(self) -> None:
+        """Newton-like steps on a bound without noise, from a mode."""
+        if self.first_step == 0:
+            newton_start(self.ascent)
+        tol = min(self.tol, 1e-6)
+        climbed = climb(self.ascent, None, tol, self.max_steps, self._tock)
+        if climbed.converged:
+            self._stop(f"the remaining distance to the optimum of the bound is below {tol:g} nats")
+        elif self.num_steps < self.max_steps:
+            self.stop_reason = f"the steps did not settle: {climbed.last:.2g} nats apart, expected {tol:g}"
+        self.ascent.bound_before()
 
     # -- sampled ---------------------------------------------------------------------------------------------
 

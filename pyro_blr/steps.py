@@ -29,20 +29,20 @@ def take_step(ascent: Ascent, number: int) -> None:
     if program.is_exact and not program.is_subsampled:
         ascent.sweep()
         return
-    draws = None if program.is_exact else Draws(fresh_seed(), NUM_DRAWS)
-    if number == 0 and draws is not None:
+    draws = None if program.is_deterministic else Draws(fresh_seed(), NUM_DRAWS)
+    if number == 0 and not program.is_exact:
         newton_start(ascent)
     local = [name for name in ascent.order if name in program.local_blocks()] if program.is_subsampled else []
     if program.is_subsampled:
         _optimise_locals(ascent, local, draws)
         rate = Passes(_steps_of_a_pass(program)).rate(number)
-        if draws is None and number > 0:
+        if program.is_exact and number > 0:
             _implicit_step(ascent, local, rate)
             return
     else:
         rate = 1.0 if number < FULL_STEPS else schedule.rate(number - FULL_STEPS + 1)
     names = [name for name in ascent.order if name not in local]
-    if draws is None:
+    if program.is_exact:
         ascent.sweep(names, None, rate)
     else:
         guarded_sweep(ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names)
@@ -56,8 +56,8 @@ def _steps_of_a_pass(program: Program) -> float:
 def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> None:
     """Local blocks to their optimum given the globals."""
     previous = -math.inf
-    for _ in range(LOCAL_SWEEPS if len(local) > 1 or draws is not None else 1):
-        if draws is None:
+    for _ in range(LOCAL_SWEEPS if len(local) > 1 or not ascent.program.is_exact else 1):
+        if ascent.program.is_exact:
             ascent.sweep(local)
         else:
             guarded_sweep(ascent, draws, 1.0, None if ascent.beliefs.points else ascent.finite_estimates(draws), local)

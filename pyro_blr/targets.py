@@ -22,6 +22,7 @@ __all__ = ["Targets"]
 
 _REPLAYED_STATES = 64  # runs of the model that enumerating a discrete block may take for one draw of the others
 _REPLAYED_RUNS = 512  # and for all draws together
+_TOGETHER = 1000  # elements of a factorised block at most whose means move together
 
 
 class Targets:
@@ -80,6 +81,26 @@ class Targets:
         optimum = torch.linalg.solve(0.5 * (precision + precision.mT), base.flatten()).reshape(mean.shape)
         wanted = family.moments(target)
         return gaussian_natural(family, optimum.to(target.dtype), wanted, target)
+
+    def together(self, name: str, beliefs: Beliefs) -> Tensor:
+        """The target of a factorised Gaussian block whose elements meet in a factor that is no quadratic.
+
+        Its means move together by a Newton step with the Hessian of all of them, E ∇² log f.
+        """
+        target, block = self.exact(name, beliefs), self.blocks[name]
+        moments = beliefs.wide[name]
+        if moments["mean"].numel() > _TOGETHER:
+            return target
+        leaf = moments["mean"].detach().requires_grad_()
+        factors = [f for f in self.messages.factors_of[name] if self.messages.plans[f].deterministic]
+        with torch.enable_grad():
+            changed = {**beliefs.wide, name: {**moments, "mean": leaf}}
+            total = self.messages.expected_log_prob(factors, changed)
+            total = total + self.messages.expected_log_jacobian([name], changed)
+            (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
+            rows = [torch.autograd.grad(g, leaf, retain_graph=True)[0].flatten() for g in gradient.flatten()]
+        hessian = torch.stack(rows) / block.scale
+        return moved_together(block.family, moments["mean"], target, 0.5 * (hessian + hessian.mT))
 
     def with_mean(self, name: str, beliefs: Beliefs, mean: Tensor) -> Tensor:
         """λ of a Gaussian block moved to another mean, its covariance kept."""
@@ -216,7 +237,7 @@ class Targets:
         """
         messages = self.messages
         if factors is None:
-            factors = [name for name, plan in messages.plans.items() if not plan.exact]
+            factors = [name for name, plan in messages.plans.items() if not plan.deterministic]
         leaves = self._leaves(factors, beliefs, draws)
         values = messages.average_over(factors, beliefs.moments, leaves)
         for name, leaf in leaves.items():
@@ -246,16 +267,22 @@ class Targets:
             dtype=torch.float64
         )
 
-    def at_mean(self, name: str, beliefs: Beliefs) -> float:
-        """Σ_f s_f E[log f | u = its mean] over a Gaussian block's factors, E over the other blocks: what
-        Newton's method climbs.
-        """
+    def narrowed(self, name: str, beliefs: Beliefs) -> Beliefs:
+        """The same q with a Gaussian block's variance taken as zero."""
         narrow = beliefs.copy()
         narrow.set_moments(
             name, {key: v if key == "mean" else torch.zeros_like(v) for key, v in beliefs.wide[name].items()}
         )
-        exact = [f for f in self.messages.factors_of[name] if self.messages.plans[f].exact]
+        return narrow
+
+    def at_mean(self, name: str, beliefs: Beliefs) -> float:
+        """Σ_f s_f E[log f | u = its mean] over a Gaussian block's factors, E over the other blocks: what
+        Newton's method climbs.
+        """
+        narrow = self.narrowed(name, beliefs)
+        exact = [f for f in self.messages.factors_of[name] if self.messages.plans[f].deterministic]
         total = self.messages.expected_log_prob(exact, narrow.wide)
+        total = total + self.messages.expected_log_jacobian([name], narrow.wide)
         return float(total + self.sampled_bound(narrow, Draws(0, 0), self.messages.sampled_factors(name)).mean())
 
 

@@ -1,0 +1,115 @@
+"""A factor cut at its predictors: what is above the cut, affine in Gaussian blocks, and what is below, elementwise in the predictors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import transforms
+
+from pyro_blr.blocks import Block
+from pyro_blr.expressions import Ref, Tape
+from pyro_blr.families import LogNormal, TransformedNormal
+from pyro_blr.graph import Factor, FactorGraph
+from pyro_blr.plans import Cut
+
+__all__ = ["Moved", "Sum", "above", "below", "refs_of", "transform_of", "unconstrained", "wide"]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The expression `ref`, which only moves elements of `site` about, at the unconstrained variable of its block."""
+
+    ref: Ref
+    site: str
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of two predictors."""
+
+    terms: tuple[Any, Any]
+
+
+def refs_of(ref: Any) -> list[Ref]:
+    """The expressions of the tape that a predictor is made of."""
+    if isinstance(ref, Sum):
+        return [found for term in ref.terms for found in refs_of(term)]
+    return [ref.ref] if isinstance(ref, Moved) else [ref]
+
+
+def transform_of(block: Block, site: str) -> Any:
+    """The scalar bijection that a site's value is, element by element, of its block's variable; None where there is none."""
+    member = next(member for member in block.members if member.site.name == site)
+    family = block.family if not block.is_joint else member.family
+    if isinstance(family, LogNormal):
+        return transforms.ExpTransform()
+    if not isinstance(family, TransformedNormal):
+        return None
+    found = family.transform
+    while isinstance(found, transforms.IndependentTransform):
+        found = found.base_transform
+    return found if found.domain.event_dim == found.codomain.event_dim == 0 and _is_uniform(found) else None
+
+
+def _is_uniform(transform: Any) -> bool:
+    """Whether the transform is the same for every element."""
+    parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else []
+    own = [value for value in vars(transform).values() if isinstance(value, Tensor)]
+    return all(value.numel() == 1 for value in own) and all(map(_is_uniform, parts))
+
+
+def unconstrained(block: Block, leaf: Tensor) -> dict[str, Tensor]:
+    """The block's variable in the shapes of its sites, for sites that are its image element by element."""
+    if not block.is_joint:
+        return {block.site_names[0]: leaf.reshape(block.sites[0].shape)}
+    return {m.site.name: leaf[..., m.start : m.stop].reshape(m.site.shape) for m in block.members}
+
+
+def above(
+    tape: Tape,
+    ref: Any,
+    env: Mapping[str, Tensor],
+    blocks: Sequence[tuple[Block, Tensor]],
+    inputs: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """A predictor at values of its blocks' variables; `env` has the values of all other latents."""
+    if isinstance(ref, Sum):
+        first, second = (above(tape, term, env, blocks, inputs) for term in ref.terms)
+        return first + second
+    values = dict(env)
+    for block, leaf in blocks:
+        values.update(block.values(leaf))
+        if isinstance(ref, Moved) and ref.site in block.site_names:
+            values[ref.site] = unconstrained(block, leaf)[ref.site]
+    return tape.evaluate(refs_of(ref), values, inputs)[0]
+
+
+def below(
+    graph: FactorGraph,
+    factor: Factor,
+    cut: Cut,
+    env: Mapping[str, Tensor],
+    points: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+) -> Tensor:
+    """log f of the distribution itself (before `to_event` sums it, without mask and scale) at values of the predictors."""
+    known = {}
+    for predictor, point in zip(cut.predictors, points, strict=True):
+        known[predictor.node] = point if predictor.transform is None else predictor.transform(point)
+    if cut.log_prob is not None:
+        return graph.tape.evaluate([cut.log_prob], env, inputs, known)[0]
+    made = factor.constructed
+    assert made is not None
+    refs = [factor.value, *made.arguments.values()]
+    value, *arguments = wide(graph.tape.evaluate(refs, env, inputs, known))
+    return made.distribution_class(**dict(zip(made.arguments, arguments, strict=True)), validate_args=False).log_prob(
+        value
+    )
+
+
+def wide(values: Sequence[Any]) -> list[Any]:
+    """Floating-point tensors in float64; anything else as it is."""
+    return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in values]

@@ -1,0 +1,326 @@
+"""Finding the predictors of a factor: one or two numbers for each element, affine in Gaussian blocks, through which alone it sees them.
+
+The search is on the recorded expressions, first down to the distribution's arguments, then through its log density.  A set of nodes
+is a cut when every path from the blocks' sites to the factor passes it.  Two things are seen from values: that the nodes are affine in
+all blocks together, and that an element of the log density depends on its own predictors alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_blr.blocks import Block, is_gaussian
+from pyro_blr.cuts import Moved, Sum, above, below, refs_of, transform_of, wide
+from pyro_blr.expressions import Latent, Recorded, Recording, Ref, refs_in
+from pyro_blr.families import LogNormal, TransformedNormal
+from pyro_blr.forms import UNUSABLE, mixed_dims
+from pyro_blr.graph import Factor, FactorGraph, broadcast_shape
+from pyro_blr.kinds import Form, Sort, kind_of
+from pyro_blr.likelihoods import Linear
+from pyro_blr.plans import Argument, Cut, FactorPlan, Predictor, Verdict
+from pyro_blr.probe import Probe, close
+from pyro_blr.running import isolated_random_state
+
+__all__ = ["with_quadrature"]
+
+_CANDIDATES = 40  # nodes at most that are tried as predictors
+_PAIRS = 12  # pairs of them whose values are looked at
+_STEPS = (0.37, -0.8, 1.9)
+
+
+def with_quadrature(
+    graph: FactorGraph, blocks: Mapping[str, Block], plans: Mapping[str, FactorPlan], judged: bool
+) -> dict[str, FactorPlan]:
+    """The plans with factors that need draws integrated by quadrature where they have a cut.
+
+    `judged`: the plans are of an earlier run of the same structure, and their cuts only need its expressions renewed.
+    """
+    search = _Search(graph, blocks)
+    return {name: search.renewed(plan) if judged else search.plan(plan) for name, plan in plans.items()}
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Where the search ends: at the distribution's arguments, or at its recorded log density, which begins at `start`."""
+
+    outputs: tuple[Any, ...]
+    log_prob: Any
+    start: int
+
+
+class _Search:
+    def __init__(self, graph: FactorGraph, blocks: Mapping[str, Block]):
+        self.graph, self.blocks = graph, blocks
+        self.block_of = {site: block for block in blocks.values() for site in block.site_names}
+        self.probe = Probe(graph, blocks)
+
+    def renewed(self, plan: FactorPlan) -> FactorPlan:
+        if plan.cut is None or plan.cut.log_prob is None:
+            return plan
+        level = self._recorded(plan.factor)
+        assert level is not None
+        return replace(plan, cut=_moved_on(plan.cut, level))
+
+    def plan(self, plan: FactorPlan) -> FactorPlan:
+        names = [name for name in plan.blocks if name not in plan.enumerated]
+        if not plan.sampled or plan.replayed or plan.factor.constructed is None or not all(map(self._suits, names)):
+            return plan
+        tape = self.graph.tape
+        sites = frozenset(site for name in names for site in self.blocks[name].site_names)
+        if any(
+            tape.latents_of(ref) & sites for ref in (plan.factor.scale, plan.factor.mask, plan.factor.constructed.mask)
+        ):
+            return plan
+        try:
+            cut = self._cut(plan, names, sites)
+        except UNUSABLE:
+            return plan
+        if cut is None:
+            return plan
+        verdicts = tuple(self._verdict(plan, verdict, cut) for verdict in plan.verdicts)
+        return replace(plan, analytic=(), sampled=(), integrated=tuple(names), cut=cut, verdicts=verdicts)
+
+    def _suits(self, name: str) -> bool:
+        """Whether the block is Gaussian in a variable of which each site is an image element by element, or affine."""
+        block = self.blocks[name]
+        if not is_gaussian(block.family):
+            return False
+        families = [block.family] if not block.is_joint else [member.family for member in block.members]
+        return all(
+            transform_of(block, site) is not None or not isinstance(family, TransformedNormal)
+            for site, family in zip(block.site_names, families, strict=True)
+        )
+
+    def _verdict(self, plan: FactorPlan, verdict: Verdict, cut: Cut) -> Verdict:
+        if self.block_of[verdict.site].name in plan.enumerated:
+            return replace(verdict, exact=False, how="quadrature") if not verdict.exact else verdict
+        count = "one affine predictor" if len(cut.predictors) == 1 else "two affine predictors"
+        where = f" ({plan.factor.source})" if plan.factor.source else ""
+        reason = f"{plan.factor.name}: through {count} for each element{where}"
+        return replace(verdict, exact=False, how="quadrature", reason=reason)
+
+    # -- the search ---------------------------------------------------------------------------------------------------
+
+    def _cut(self, plan: FactorPlan, names: Sequence[str], sites: frozenset[str]) -> Cut | None:
+        """One predictor where that is enough, else two; at the arguments rather than inside the log density."""
+        factor = plan.factor
+        assert factor.constructed is not None
+        first = _Level((factor.value, *factor.constructed.arguments.values()), None, len(self.graph.tape.nodes))
+        levels = [first] if plan.enumerated else [first, self._recorded(factor)]
+        for count in (1, 2):
+            for level in levels:
+                if level is None:
+                    continue
+                for nodes in itertools.islice(self._separating(level, factor, sites, count), _PAIRS):
+                    cut = self._made(level, nodes, sites)
+                    if cut is not None and self._is_elementwise(plan, cut, names):
+                        return cut
+        return None
+
+    def _recorded(self, factor: Factor) -> _Level | None:
+        """The distribution's log density, recorded on the tape; None where it does what the tape cannot follow."""
+        tape, made = self.graph.tape, factor.constructed
+        assert made is not None
+        start, departures = len(tape.nodes), len(tape.departures)
+        refs = [factor.value, *made.arguments.values()]
+        tape.closed, tape.place = False, factor.source
+        try:
+            value, *arguments = (
+                Recorded.wrap(tape.values[ref.index], tape, ref.index) if isinstance(ref, Ref) else ref for ref in refs
+            )
+            with Recording(tape):
+                distribution = made.distribution_class(
+                    **dict(zip(made.arguments, arguments, strict=True)), validate_args=False
+                )
+                found = tape.reference(distribution.log_prob(value))
+        except Exception:  # a distribution may object to recorded tensors in any way
+            return None
+        finally:
+            tape.closed, tape.place = True, ""
+            lost = len(tape.departures) > departures
+            del tape.departures[departures:]
+        return _Level((found,), found, start) if isinstance(found, Ref) and not lost else None
+
+    def _separating(
+        self, level: _Level, factor: Factor, sites: frozenset[str], count: int
+    ) -> Iterator[tuple[int, ...]]:
+        """Sets of nodes between the sites and the outputs that every path passes, the last ones first."""
+        made = factor.constructed
+        assert made is not None
+        tape = self.graph.tape
+        between = [
+            index
+            for index in reversed(tape.needed(level.outputs))
+            if tape.latents_of(Ref(index)) & sites and _fits(tape.nodes[index], made.batch_shape)
+        ]
+        if count == 1:
+            yield from ((index,) for index in between if self._separates(level, (index,), sites))
+            return
+        usable = [index for index in between[:_CANDIDATES] if self._ref(index, sites) is not None]
+        pairs = itertools.combinations(usable, 2)
+        yield from (pair for pair in pairs if self._separates(level, pair, sites))
+
+    def _separates(self, level: _Level, nodes: Sequence[int], sites: frozenset[str]) -> bool:
+        tape = self.graph.tape
+        seen, stack = set(nodes), [ref.index for ref in refs_in(level.outputs)]
+        while stack:
+            index = stack.pop()
+            if index in seen or not tape.latents_of(Ref(index)) & sites:
+                continue
+            if isinstance(tape.nodes[index].function, Latent):
+                return False
+            seen.add(index)
+            stack.extend(ref.index for ref in refs_in((tape.nodes[index].args, tape.nodes[index].kwargs)))
+        return True
+
+    # -- predictors ---------------------------------------------------------------------------------------------------
+
+    def _made(self, level: _Level, nodes: Sequence[int], sites: frozenset[str]) -> Cut | None:
+        predictors: list[Predictor] = []
+        for node in nodes:
+            ref = self._ref(node, sites)
+            if ref is None:
+                return None
+            transform = transform_of(self.block_of[ref.site], ref.site) if isinstance(ref, Moved) else None
+            predictors.append(Predictor(node, self._argument(f"predictor {len(predictors)}", ref, sites), transform))
+        joint = None
+        if len(predictors) == 2:
+            refs = Sum((predictors[0].argument.ref, predictors[1].argument.ref))
+            joint = self._argument("sum of predictors", refs, sites)
+        return Cut(tuple(predictors), joint, level.log_prob, level.start)
+
+    def _argument(self, name: str, ref: Any, sites: frozenset[str]) -> Argument:
+        mixed: dict[str, tuple[int, ...]] = {}
+        for term in ref.terms if isinstance(ref, Sum) else (ref,):
+            found = self.graph.tape.latents_of(refs_of(term)[0]) & sites
+            for block in {self.block_of[site].name: self.block_of[site] for site in sorted(found)}.values():
+                here = () if isinstance(term, Moved) else mixed_dims(self.probe, Argument(name, Linear, term), block)
+                mixed[block.name] = tuple(sorted({*mixed.get(block.name, ()), *here}))
+        return Argument(name, Linear, ref, dict.fromkeys(mixed, Form.AFFINE), mixed)
+
+    def _ref(self, node: int, sites: frozenset[str]) -> Any:
+        """The node as a predictor: `Ref` where it is affine, `Moved` where it only moves a transformed site; else None."""
+        ref = Ref(node)
+        mine = sorted(self.graph.tape.latents_of(ref) & sites)
+        transformed = [site for site in mine if self._is_transformed(site)]
+        if len(mine) == 1 and transformed:
+            kind = kind_of(self.graph.tape, ref, mine[0], Sort.REAL)
+            if kind.form is Form.SELECTION:
+                return Moved(ref, mine[0])
+        for site in mine:
+            if site in transformed:
+                continue  # affine in the logarithm of a site, say: only values tell
+            kind = kind_of(self.graph.tape, ref, site, Sort.REAL)
+            linear = kind.form in (Form.SELECTION, Form.AFFINE, Form.COMPLEMENT)
+            if not (linear or (kind.form is Form.MONOMIAL and kind.power == 1)):
+                return None
+        return ref if self._is_affine(ref, mine) else None
+
+    def _is_transformed(self, site: str) -> bool:
+        block = self.block_of[site]
+        family = block.family
+        if block.is_joint:
+            family = next(m.family for m in block.members if m.site.name == site)  # type: ignore[assignment]
+        return isinstance(family, (TransformedNormal, LogNormal))
+
+    def _is_affine(self, ref: Ref, sites: Sequence[str]) -> bool:
+        """Whether values lie on a line along lines in all blocks' variables together, whatever the states of discrete sites."""
+        blocks = {self.block_of[site].name: self.block_of[site] for site in sites}.values()
+        for _ in self.probe.assignments(ref):
+            a, b = ({block.name: self.probe.point(block) for block in blocks} for _ in range(2))
+            start, end = (self.probe.evaluate(ref, point) for point in (a, b))
+            for t in _STEPS:
+                middle = self.probe.evaluate(ref, {name: (1 - t) * a[name] + t * b[name] for name in a})
+                if not close(middle, (1 - t) * start + t * end):
+                    return False
+        return True
+
+    # -- elementwise ----------------------------------------------------------------------------------------------------
+
+    def _is_elementwise(self, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
+        """Whether each element of log f depends on its own element of every predictor alone, and is the factor's own.
+
+        Random elements of the predictors are exchanged for those at another point: an element of log f must change to what
+        it is when all are exchanged, or not at all.
+        """
+        factor, made = plan.factor, plan.factor.constructed
+        assert made is not None
+        generator = torch.Generator().manual_seed(29)
+        inputs = wide(self.graph.tape.inputs)
+        with torch.no_grad(), isolated_random_state(0):
+            env = self.probe.site_values({})
+            leaves = [self._leaves(names) for _ in range(2)]
+            points = [[above(self.graph.tape, p.argument.ref, env, x, inputs) for p in cut.predictors] for x in leaves]
+            tables = {
+                corner: self._table(factor, cut, env, [points[c][i] for i, c in enumerate(corner)], inputs)
+                for corner in itertools.product((0, 1), repeat=len(cut.predictors))
+            }
+            values = {**env, **{site: v for block, leaf in leaves[0] for site, v in block.values(leaf).items()}}
+            start = (0,) * len(cut.predictors)
+            if not _same(self._table(factor, Cut(()), values, (), inputs), tables[start]) or not bool(
+                tables[start].isfinite().any()
+            ):
+                return False
+            for _ in range(2):
+                masks = [torch.rand(p.shape, generator=generator, device="cpu") < 0.5 for p in points[0]]
+                masks = [mask.to(p.device) for mask, p in zip(masks, points[0], strict=True)]
+                mixed = [torch.where(m, y, x) for m, x, y in zip(masks, *points, strict=True)]
+                expected = torch.zeros_like(tables[start])
+                for corner, table in tables.items():
+                    here = torch.ones_like(expected, dtype=torch.bool)
+                    for mask, c in zip(masks, corner, strict=True):
+                        here = here & (mask if c else ~mask).expand_as(here)
+                    expected = torch.where(here, table, expected)
+                if not _same(self._table(factor, cut, env, mixed, inputs), expected):
+                    return False
+        return True
+
+    def _leaves(self, names: Sequence[str]) -> list[tuple[Block, Tensor]]:
+        blocks = [self.blocks[name] for name in names]
+        return [(block, self.probe.point(block).to(block.device)) for block in blocks]
+
+    def _table(self, factor: Factor, cut: Cut, env: Any, points: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        made = factor.constructed
+        assert made is not None
+        found = below(self.graph, factor, cut, env, points, inputs)
+        return found.expand(broadcast_shape(found.shape, made.batch_shape))
+
+
+def _fits(node: Any, shape: Sequence[int]) -> bool:
+    """Whether a node is a float whose elements broadcast to the elements of a factor."""
+    if node.shape is None or node.dtype is None or not node.dtype.is_floating_point or len(node.shape) > len(shape):
+        return False
+    return all(own in (1, size) for own, size in zip(reversed(node.shape), reversed(shape), strict=False))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of one element; not finite in the same places."""
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return False
+    return bool(((a - b)[finite].abs() <= 1e-9 * (1 + a[finite].abs())).all())
+
+
+def _moved_on(cut: Cut, level: _Level) -> Cut:
+    """The cut in another recording of the log density: what is inside it has moved with its beginning."""
+    shift = level.start - cut.start
+
+    def ref(old: Any) -> Any:
+        if isinstance(old, Sum):
+            return Sum((ref(old.terms[0]), ref(old.terms[1])))
+        if isinstance(old, Moved):
+            return Moved(ref(old.ref), old.site)
+        return Ref(old.index + shift) if old.index >= cut.start else old
+
+    def argument(old: Argument) -> Argument:
+        return replace(old, ref=ref(old.ref))
+
+    predictors = tuple(replace(p, node=ref(Ref(p.node)).index, argument=argument(p.argument)) for p in cut.predictors)
+    joint = None if cut.joint is None else argument(cut.joint)
+    return Cut(predictors, joint, level.log_prob, level.start)
