@@ -28,6 +28,9 @@ SORTS = (
     "real real real real tau tau tau variance unit unit simplex simplex vector matrix "
     "state state state bit lognormal half"
 ).split()
+# Seen in part, a site of these sorts keeps its form: constants beside its elements are terms of a sum, or states.
+# Of other sorts it is conjugate, but not found: `torch.where` is neither proportional nor equal to it.
+MIXABLE = ("real", "vector", "lognormal", "state", "bit")
 SHAPES: dict[str, tuple[int, ...]] = {"": (), "n": (3,), "g": (2, 1), "gn": (2, 3)}
 
 
@@ -91,13 +94,18 @@ class Expression:
 
 @dataclass(frozen=True)
 class Latent:
-    """A latent site: its sort, the plates it is in, and whether it has a leading dim of K
-    components to gather from."""
+    """A latent site: its sort, the plates it is in, whether it has a leading dim of K components to
+    gather from, and the variable that holds its values, where some of these are data."""
 
     name: str
     sort: str
     level: str = ""
     components: bool = False
+    variable: str = ""
+
+    @property
+    def value(self) -> str:
+        return self.variable or self.name
 
 
 class _Writer:
@@ -140,14 +148,14 @@ class _Writer:
         if not set(latent.level) <= set(level):
             return None
         if not latent.components:
-            return Expression(name, {name: True})
+            return Expression(latent.value, {name: not latent.variable or latent.sort in MIXABLE})
         states = [
             z for z in self.latents if z.sort in ("state", "bit") and not z.components and set(z.level) <= set(level)
         ]
         if states and not self.chance(3):
             z = self.pick(states)
             self.features.add("mixture")
-            index = z.name if z.sort == "state" else f"{z.name}.long()"
+            index = z.value if z.sort == "state" else f"{z.value}.long()"
             return Expression(f"{name}[{index}]", {name: True, z.name: True})
         self.features.add("gather")
         index = str(self.choose(K)) if level == "" else self.data(SHAPES[level], "index")
@@ -224,7 +232,7 @@ class _Writer:
         vectors = self.among("real", True) + self.among("vector", False)
         if not vectors:
             return None
-        w = self.pick(vectors).name
+        w = self.pick(vectors)
         self.features.add("sum")
         x = self.data((*SHAPES[level], K))
         forms = [
@@ -234,7 +242,8 @@ class _Writer:
             "F.linear({x}, {w})",
             "torch.matmul({x}, {w})",
         ]
-        return Expression(self.pick(forms[:-2] + forms[-1:] if level == "" else forms).format(x=x, w=w), {w: True})
+        form = self.pick(forms[:-2] + forms[-1:] if level == "" else forms)
+        return Expression(form.format(x=x, w=w.value), {w.name: True})
 
     def difference(self, level: str) -> Expression | None:
         vectors = self.among("real", True)
@@ -254,9 +263,10 @@ class _Writer:
         if not inside or level != "":
             return None
         self.features.add("sum")
-        w = self.pick(inside).name
+        w = self.pick(inside)
         x = self.data((3,))
-        return Expression(self.pick([f"({x} * {w}).sum()", f"{w}.mean()", f"{x} @ {w}"]), {w: True})
+        forms = ["({x} * {w}).sum()", "{w}.mean()", "{x} @ {w}"]
+        return Expression(self.pick(forms).format(x=x, w=w.value), {w.name: True})
 
     def logged(self, level: str) -> Expression | None:
         v = self.reach("lognormal", level)
@@ -457,35 +467,57 @@ class _Writer:
         obs: str | None,
         components: bool,
     ) -> None:
-        """`own`: whether the site's own factor is conjugate to it; None for data."""
-        sites = _all_of(parts)
-        seen: set[str] = set()
-        continuous = {x.name for x in self.latents if x.sort not in ("state", "bit")}
-        for part in parts:  # a site in two arguments of one factor is conjugate in neither
-            sites.update({site: False for site in set(part.sites) & seen & continuous})
-            seen |= set(part.sites)
-        if own is not None:
-            sites[name] = own
-        exact = all(sites.values())
-        self.pairs.update({(name, site): exact for site in sites})
+        """`own`: whether the site's own factor is conjugate to it; None for data, True or False beside `obs` for
+        a site that is seen in part."""
+        plates = [*("gn"[i] for i in range(2) if "gn"[i] in level), *(["k"] if components else [])]
+        handler, hidden = self.handler(level, own is None)
         mask = ""
         if self.chance(8) and not components:
             self.features.add("mask")
             mask = f".mask({self.data(SHAPES[level], 'bit')}.bool())"
-        plates = [*("gn"[i] for i in range(2) if "gn"[i] in level), *(["k"] if components else [])]
-        contexts = plates + self.handlers(level)
+        sites = self.joined(parts) | hidden
+        arguments = "" if obs is None else f", obs={obs}"
+        if obs is not None and own is not None:
+            arguments += f", obs_mask={self.data(SHAPES[level], 'bit')}.bool()"
+            self.add_pairs(f"{name}_observed", sites)
+            self.add_pairs(f"{name}_unobserved", {**sites, f"{name}_unobserved": own})
+        else:
+            self.add_pairs(name, sites if own is None else {**sites, name: own})
+        contexts = plates + handler
         opening = f"    with {', '.join(contexts)}:\n        " if contexts else "    "
-        observed = "" if obs is None else f", obs={obs}"
-        self.lines.append(f'{opening}{name} = pyro.sample("{name}", {text}{mask}{observed})')
+        self.lines.append(f'{opening}{name} = pyro.sample("{name}", {text}{mask}{arguments})')
 
-    def handlers(self, level: str) -> list[str]:
+    def joined(self, parts: Sequence[Expression]) -> Sites:
+        """The sites of a factor's arguments; one in two arguments is conjugate in neither."""
+        sites = _all_of(parts)
+        seen: set[str] = set()
+        continuous = {x.name for x in self.latents if x.sort not in ("state", "bit")}
+        for part in parts:
+            sites.update({site: False for site in set(part.sites) & seen & continuous})
+            seen |= set(part.sites)
+        return sites
+
+    def add_pairs(self, factor: str, sites: Sites) -> None:
+        exact = all(sites.values())
+        self.pairs.update({(factor, site): exact for site in sites})
+
+    def handler(self, level: str, is_data: bool) -> tuple[list[str], Sites]:
+        """A handler around a statement, and the sites that it depends on."""
         if self.chance(10):
             self.features.add("scale")
-            return ["poutine.scale(scale=2.5)"]
-        if self.chance(12):
-            self.features.add("mask")
-            return [f"poutine.mask(mask={self.data(SHAPES[level], 'bit')}.bool())"]
-        return []
+            return ["poutine.scale(scale=2.5)"], {}
+        if not self.chance(12):
+            return [], {}
+        self.features.add("mask")
+        bit = self.reach("bit", level) if is_data and self.chance(2) else None
+        if bit is not None:
+            self.features.add("latent mask")
+            return [f"poutine.mask(mask={bit.text}.bool())"], bit.sites
+        real = self.reach("real", level) if is_data and self.chance(3) else None
+        if real is not None:
+            self.features.add("latent mask")
+            return [f"poutine.mask(mask={real.text} > 0.1)"], self.broken(real.sites)
+        return [f"poutine.mask(mask={self.data(SHAPES[level], 'bit')}.bool())"], {}
 
     def latent(self) -> None:
         components = self.chance(2)
@@ -508,9 +540,27 @@ class _Writer:
         if components and sort in ("real", "tau", "variance", "unit", "lognormal") and self.chance(2) and not parts:
             self.features.add("event")
             self.statement(name, level, f"{text}.expand([{K}]).to_event(1)", parts, own, None, False)
+        elif not components and self.chance(10):
+            self.features.add("obs_mask")
+            self.statement(name, level, text, parts, own, self.seen(sort, level), False)
+            self.latents.append(Latent(f"{name}_unobserved", sort, level, False, name))
+            return
         else:
             self.statement(name, level, text, parts, own, None, components)
         self.latents.append(Latent(name, sort, level, components))
+
+    def seen(self, sort: str, level: str) -> str:
+        """Data in the support of a sort of latent."""
+        kind, event = {
+            "real": ("real", ()),
+            "unit": ("unit", ()),
+            "simplex": ("simplex", (K,)),
+            "vector": ("real", (2,)),
+            "matrix": ("matrix", (2, 2)),
+            "state": ("index", ()),
+            "bit": ("bit", ()),
+        }.get(sort, ("positive", ()))
+        return self.data((*SHAPES[level], *event), kind)
 
     def new_real(self, level: str) -> tuple[str, list[Expression], bool]:
         if self.chance(3):

@@ -77,8 +77,8 @@ def test_the_generator_reaches_what_it_is_for() -> None:
         pairs.update(program.pairs.values())
         features.update(program.features)
     assert pairs[True] > 200 and pairs[False] > 50
-    wanted = "mixture gather sum product trap mask scale subsample event logits"
-    assert all(features[name] >= 3 for name in wanted.split()), features
+    wanted = "mixture gather sum product trap mask scale subsample event logits obs_mask".split()
+    assert all(features[name] >= 3 for name in [*wanted, "latent mask"]), features
 
 
 # ------------------------------------------------------------------------------------------------
@@ -246,6 +246,7 @@ BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "a factor counted twice": (_all_paths(_doubled), ""),
     "a plate's scale dropped": (_all_paths(_unscaled), "subsample"),
     "a mask ignored": (_all_paths(_unmasked), "mask"),
+    "a latent's mask ignored": (_all_paths(_unmasked), "latent mask"),
     "a broadcast site counted once": (_wrap(FactorAverage, "_scaled", _single), ""),
     "states off by one": (_wrap(FactorAverage, "_state_values", _shifted_states), "mixture"),
     "the variance of a mean dropped": (_without_variance, ""),
