@@ -170,9 +170,14 @@ def _hermite_integrals(problem: _Problem, order: int, rows: Tensor | None) -> Te
 
 
 @functools.cache
-def _legendre(order: int, k: int) -> tuple[Tensor, Tensor]:
-    """Nodes (Q, k) of [−1, 1]ᵏ and their weights (Q,)."""
-    nodes, weights = np.polynomial.legendre.leggauss(order)
+def _lobatto(order: int, k: int) -> tuple[Tensor, Tensor]:
+    """Nodes (Q, k) of [−1, 1]ᵏ, corners among them, and their weights (Q,).
+
+    A kink between a corner and the next node would be invisible to a rule without the corner, in every half of the panel.
+    """
+    legendre = np.polynomial.legendre.Legendre.basis(order - 1)
+    nodes = np.concatenate([[-1.0], np.sort(legendre.deriv().roots().real), [1.0]])
+    weights = 2 / (order * (order - 1) * legendre(nodes) ** 2)
     return _product(torch.as_tensor(nodes), torch.as_tensor(weights), k)
 
 
@@ -237,7 +242,7 @@ def _first_panels(problem: _Problem, rows: Tensor) -> _Panels:
 def _panel_integrals(problem: _Problem, panels: _Panels) -> Tensor:
     """∫ (f − f(m)) T φ over every panel, (M, S)."""
     k = panels.low.shape[-1]
-    nodes, weights = (x.to(panels.low.device) for x in _legendre(_PANEL_ORDER[k], k))
+    nodes, weights = (x.to(panels.low.device) for x in _lobatto(_PANEL_ORDER[k], k))
     half = 0.5 * (panels.high - panels.low)
     z = panels.low + half * (1 + nodes.unsqueeze(1))
     density = torch.exp(-0.5 * z.square().sum(-1)) * (2 * torch.pi) ** (-k / 2)
