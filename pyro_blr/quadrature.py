@@ -5,8 +5,8 @@ derivative and may have kinks):
 
     E f,    E ∇f = L⁻ᵀ E[f z],    E ∇²f = L⁻ᵀ E[f (z zᵀ − I)] L⁻¹.
 
-Gauss-Hermite rules of doubled order are compared row by row; what they leave unsettled is integrated over panels, each bisected along
-the axis on which that changes most, until two orders agree there too.
+Gauss-Hermite rules are compared, row by row and axis by axis, with those of twice the order; an axis that they leave unsettled is cut
+in panels, each bisected along the axis on which that changes most, until this changes nothing there either.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 __all__ = ["TOLERANCE", "Integrals", "LogFactor", "gaussian_expectation", "gaussian_integrals"]
 
 TOLERANCE = 1e-9  # of the average magnitude of the rows
-_ORDERS = {1: (6, 12, 24, 48), 2: (5, 10, 20)}
-_PANEL_ORDER = {1: 10, 2: 7}
+_FIRST_ORDER, _LAST_ORDER = 6, 48  # of Gauss-Hermite rules
+_PANEL_ORDER = {1: 10, 2: 7}  # of Gauss-Lobatto rules, by how many axes have panels
 _EDGES = {1: (-14.0, -9.0, -6.0, -3.0, -1.0, 1.0, 3.0, 6.0, 9.0, 14.0), 2: (-9.0, -4.0, -1.3, 1.3, 4.0, 9.0)}
 _ROUNDS = {1: 40, 2: 24}  # bisections at most
 _MOST_PANELS = {1: 200_000, 2: 20_000}  # in one round; what is left unsettled then is stated as error
@@ -63,12 +63,16 @@ def gaussian_integrals(
     centre = function(mean.unsqueeze(0), None)[0]
     centre = torch.where(centre.isfinite(), centre, 0.0)
     problem = _Problem(function, mean, root, centre)
-    found, error, allowed = _by_hermite(problem, tolerance)
-    unsettled = (error > allowed) & found.isfinite().all(-1)
-    if bool(unsettled.any()):
-        rows = unsettled.nonzero().squeeze(-1)
-        found[rows], error[rows] = _by_panels(problem, rows, allowed)
-    k = mean.shape[-1]
+    coarse = _by_hermite(problem, tolerance)
+    found, error, k = coarse.found, coarse.error, mean.shape[-1]
+    unsettled = (error > coarse.allowed) & found.isfinite().all(-1)
+    for rough in itertools.product((False, True), repeat=k) if bool(unsettled.any()) else ():
+        axes = tuple(axis for axis in range(k) if rough[axis])
+        alike = (coarse.rough == torch.tensor(rough, device=mean.device)).all(-1)
+        rows = (unsettled & alike).nonzero().squeeze(-1)
+        if axes and rows.numel() > 0:
+            panelled = _Panelled(problem, axes, coarse.orders, coarse.allowed)
+            found[rows], error[rows] = panelled.integrals(rows)
     inverse = torch.linalg.solve_triangular(root, torch.eye(k, dtype=root.dtype, device=root.device), upper=False)
     gradient = (inverse.mT @ found[:, 1 : 1 + k].unsqueeze(-1)).squeeze(-1)
     hessian = inverse.mT @ _symmetric(found[:, 1 + k :], k) @ inverse
@@ -126,64 +130,82 @@ class _Problem:
 
 
 @functools.cache
-def _hermite(order: int, k: int) -> tuple[Tensor, Tensor]:
-    """Nodes (Q, 1, k) and the statistics at them times their weights (Q, S)."""
+def _rule(orders: tuple[int, ...], panels: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """The product rule (Q, k), (Q,): Gauss-Hermite of these orders, on the axes in `panels` Gauss-Lobatto on [−1, 1].
+
+    Lobatto, because a kink between the end of a panel and the next node would be invisible to a rule without the end, in every half.
+    """
+    rules = [_lobatto(order) if axis in panels else _hermite(order) for axis, order in enumerate(orders)]
+    nodes, weights = zip(*rules, strict=True)
+    if len(orders) == 1:
+        return nodes[0].unsqueeze(-1), weights[0]
+    return torch.cartesian_prod(*nodes), torch.cartesian_prod(*weights).prod(-1)
+
+
+def _hermite(order: int) -> tuple[Tensor, Tensor]:
     nodes, weights = np.polynomial.hermite_e.hermegauss(order)
-    z, w = _product(torch.as_tensor(nodes), torch.as_tensor(weights / weights.sum()), k)
-    return z.unsqueeze(1), _statistics(z) * w.unsqueeze(-1)
+    return torch.as_tensor(nodes), torch.as_tensor(weights / weights.sum())
 
 
-def _product(nodes: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The product rule in k dims: (Q,), (Q,) -> (Qᵏ, k), (Qᵏ,)."""
-    if k == 1:
-        return nodes.unsqueeze(-1), weights
-    return torch.cartesian_prod(*[nodes] * k), torch.cartesian_prod(*[weights] * k).prod(-1)
+def _lobatto(order: int) -> tuple[Tensor, Tensor]:
+    legendre = np.polynomial.legendre.Legendre.basis(order - 1)
+    nodes = np.concatenate([[-1.0], np.sort(legendre.deriv().roots().real), [1.0]])
+    return torch.as_tensor(nodes), torch.as_tensor(2 / (order * (order - 1) * legendre(nodes) ** 2))
 
 
-def _by_hermite(problem: _Problem, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(integrals (n, S), error (n,), the error allowed), the order doubled for the rows where it matters."""
+@dataclass(frozen=True)
+class _Coarse:
+    """Integrals (n, S) by Gauss-Hermite rules of these orders, their error (n,), the error allowed, and each row's rough axes (n, k)."""
+
+    found: Tensor
+    error: Tensor
+    allowed: Tensor
+    rough: Tensor
+    orders: tuple[int, ...]
+
+
+def _by_hermite(problem: _Problem, tolerance: float) -> _Coarse:
+    """Orders are doubled, axis by axis, while that matters to some row, and for the rows to which it does."""
     n, k = problem.mean.shape
-    found = _hermite_integrals(problem, _ORDERS[k][0], None)
-    error = torch.full_like(found[:, 0], torch.inf)
-    allowed = torch.zeros((), dtype=found.dtype, device=found.device)
+    orders, base = (_FIRST_ORDER,) * k, _hermite_integrals(problem, (_FIRST_ORDER,) * k, None)
+    found, error = base.clone(), torch.full_like(base[:, 0], torch.inf)
+    rough = torch.ones(n, k, dtype=torch.bool, device=base.device)
     rows: Tensor | None = None
-    for order in _ORDERS[k][1:]:
-        better = _hermite_integrals(problem, order, rows)
+    allowed = torch.zeros_like(error[:0].sum())
+    while True:
+        doubled = [_hermite_integrals(problem, _doubled(orders, (axis,)), rows) for axis in range(k)]
+        changes = torch.stack([finer - base for finer in doubled])
+        sizes = changes.abs().amax(-1).nan_to_num(torch.inf, torch.inf, torch.inf)  # (k, M)
+        better = base + changes.sum(0)
         if rows is None:
-            size = (problem.centre + better[:, 0]).abs() + better.abs().amax(-1)
-            allowed = tolerance * size[size.isfinite()].mean().nan_to_num(1.0).clamp_min(1e-300)
-            rows = torch.arange(n, device=found.device)
-        error[rows] = (better - found[rows]).abs().amax(-1).nan_to_num(torch.inf, torch.inf, torch.inf)
-        found[rows] = better
-        rows = rows[(error[rows] > allowed) & better.isfinite().all(-1)]
-        if rows.numel() == 0:
-            break
-    return found, error, allowed
+            magnitude = (problem.centre + better[:, 0]).abs() + better.abs().amax(-1)
+            allowed = tolerance * magnitude[magnitude.isfinite()].mean().nan_to_num(1.0).clamp_min(1e-300)
+            rows = torch.arange(n, device=base.device)
+        found[rows], error[rows], rough[rows] = better, sizes.sum(0), (sizes > allowed / (2 * k)).T
+        pending = (error[rows] > allowed) & better.isfinite().all(-1)
+        wanted = rough[rows[pending]].any(0).tolist()
+        axes = tuple(axis for axis in range(k) if wanted[axis] and 4 * orders[axis] <= _LAST_ORDER)
+        if not axes:
+            return _Coarse(found, error, allowed, rough, orders)
+        rows, orders = rows[pending], _doubled(orders, axes)
+        base = doubled[axes[0]][pending] if len(axes) == 1 else _hermite_integrals(problem, orders, rows)
 
 
-def _hermite_integrals(problem: _Problem, order: int, rows: Tensor | None) -> Tensor:
-    z, weighted = (x.to(problem.mean.device) for x in _hermite(order, problem.mean.shape[-1]))
-    return problem.values(z, rows).mT @ weighted
+def _doubled(orders: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(2 * order if axis in axes else order for axis, order in enumerate(orders))
+
+
+def _hermite_integrals(problem: _Problem, orders: tuple[int, ...], rows: Tensor | None) -> Tensor:
+    z, weights = (x.to(problem.mean.device) for x in _rule(orders))
+    return problem.values(z.unsqueeze(1), rows).mT @ (_statistics(z) * weights.unsqueeze(-1))
 
 
 # -- panels ----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _lobatto(order: int, k: int) -> tuple[Tensor, Tensor]:
-    """Nodes (Q, k) of [−1, 1]ᵏ, corners among them, and their weights (Q,).
-
-    A kink between a corner and the next node would be invisible to a rule without the corner, in every half of the panel.
-    """
-    legendre = np.polynomial.legendre.Legendre.basis(order - 1)
-    nodes = np.concatenate([[-1.0], np.sort(legendre.deriv().roots().real), [1.0]])
-    weights = 2 / (order * (order - 1) * legendre(nodes) ** 2)
-    return _product(torch.as_tensor(nodes), torch.as_tensor(weights), k)
-
-
 @dataclass(frozen=True)
 class _Panels:
-    """Boxes of z: their lower and upper corners (M, k), and the row of each (M,)."""
+    """Boxes on some axes of z: their lower and upper corners (M, a), and the row of each (M,)."""
 
     low: Tensor
     high: Tensor
@@ -201,50 +223,60 @@ class _Panels:
         return _Panels(self.low[chosen], self.high[chosen], self.rows[chosen])
 
 
-def _by_panels(problem: _Problem, rows: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """(integrals (n, S), error (n,)) of some rows, panels bisected until halving one changes it by less than its share."""
-    panels = _first_panels(problem, rows)
-    whole = _panel_integrals(problem, panels)
-    total = torch.zeros(problem.mean.shape[0], whole.shape[-1], dtype=whole.dtype, device=whole.device)
-    error = torch.zeros_like(total[:, 0])
-    k = problem.mean.shape[-1]
-    for last in [False] * (_ROUNDS[k] - 1) + [True]:
-        halves = []
-        for along in range(k):
-            split = panels.halves(torch.full_like(panels.rows, along))
-            halves.append(_panel_integrals(problem, split).unflatten(0, (2, -1)))
-        change = torch.stack([(half.sum(0) - whole).abs().amax(-1) for half in halves])
-        worst, axis = change.nan_to_num(torch.inf, torch.inf, torch.inf).max(0)
-        parts = torch.stack(halves)[axis, :, torch.arange(axis.numel(), device=axis.device)]  # (M, 2, S)
-        share = allowed / 8
-        over = last or panels.rows.numel() > _MOST_PANELS[k]
-        done = (
-            torch.ones_like(worst, dtype=torch.bool) if over else (worst <= share) | ~parts.isfinite().all(-1).all(-1)
+@dataclass(frozen=True)
+class _Panelled:
+    """Panels on the rough `axes`, Gauss-Hermite rules of twice the `orders` on the others."""
+
+    problem: _Problem
+    axes: tuple[int, ...]
+    orders: tuple[int, ...]
+    allowed: Tensor
+
+    def integrals(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(integrals (n, S), error (n,)) of some rows, panels bisected until halving one changes it by less than its share."""
+        panels, count = self._first_panels(rows), len(self.axes)
+        whole = self._over(panels)
+        total = torch.zeros(self.problem.mean.shape[0], whole.shape[-1], dtype=whole.dtype, device=whole.device)
+        error = torch.zeros_like(total[:, 0])
+        for last in [False] * (_ROUNDS[count] - 1) + [True]:
+            halves = []
+            for along in range(count):
+                split = panels.halves(torch.full_like(panels.rows, along))
+                halves.append(self._over(split).unflatten(0, (2, -1)))
+            change = torch.stack([(half.sum(0) - whole).abs().amax(-1) for half in halves])
+            worst, axis = change.nan_to_num(torch.inf, torch.inf, torch.inf).max(0)
+            parts = torch.stack(halves)[axis, :, torch.arange(axis.numel(), device=axis.device)]  # (M, 2, S)
+            done = (worst <= self.allowed / 8) | ~parts.isfinite().all(-1).all(-1)
+            if last or panels.rows.numel() > _MOST_PANELS[count]:
+                done = torch.ones_like(done)
+            total.index_add_(0, panels.rows[done], parts[done].sum(1))
+            error.index_add_(0, panels.rows[done], worst[done])
+            if bool(done.all()):
+                break
+            whole = parts[~done].transpose(0, 1).flatten(0, 1)
+            panels = panels.where(~done).halves(axis[~done])
+        return total[rows], error[rows]
+
+    def _first_panels(self, rows: Tensor) -> _Panels:
+        like, edges = self.problem.mean, _EDGES[len(self.axes)]
+        boxes = torch.tensor(
+            list(itertools.product(itertools.pairwise(edges), repeat=len(self.axes))), dtype=like.dtype
         )
-        total.index_add_(0, panels.rows[done], parts[done].sum(1))
-        error.index_add_(0, panels.rows[done], worst[done])
-        if bool(done.all()):
-            break
-        whole = parts[~done].transpose(0, 1).flatten(0, 1)
-        panels = panels.where(~done).halves(axis[~done])
-    return total[rows], error[rows]
+        low, high = boxes.to(like.device).unbind(-1)  # (B, a)
+        count = low.shape[0]
+        return _Panels(low.repeat(rows.numel(), 1), high.repeat(rows.numel(), 1), rows.repeat_interleave(count))
 
-
-def _first_panels(problem: _Problem, rows: Tensor) -> _Panels:
-    k, like = problem.mean.shape[-1], problem.mean
-    edges = _EDGES[k]
-    boxes = torch.tensor(list(itertools.product(itertools.pairwise(edges), repeat=k)), dtype=like.dtype)
-    low, high = boxes.to(like.device).unbind(-1)  # (B, k)
-    count = low.shape[0]
-    return _Panels(low.repeat(rows.numel(), 1), high.repeat(rows.numel(), 1), rows.repeat_interleave(count))
-
-
-def _panel_integrals(problem: _Problem, panels: _Panels) -> Tensor:
-    """∫ (f − f(m)) T φ over every panel, (M, S)."""
-    k = panels.low.shape[-1]
-    nodes, weights = (x.to(panels.low.device) for x in _lobatto(_PANEL_ORDER[k], k))
-    half = 0.5 * (panels.high - panels.low)
-    z = panels.low + half * (1 + nodes.unsqueeze(1))
-    density = torch.exp(-0.5 * z.square().sum(-1)) * (2 * torch.pi) ** (-k / 2)
-    values = problem.values(z, panels.rows) * density * weights.unsqueeze(-1) * half.prod(-1)
-    return torch.einsum("qm,qms->ms", values, _statistics(z))
+    def _over(self, panels: _Panels) -> Tensor:
+        """∫ (f − f(m)) T φ over every panel, (M, S)."""
+        axes = list(self.axes)
+        orders = tuple(
+            _PANEL_ORDER[len(axes)] if axis in axes else min(2 * order, _LAST_ORDER)
+            for axis, order in enumerate(self.orders)
+        )
+        nodes, weights = (x.to(panels.low.device) for x in _rule(orders, self.axes))
+        z = nodes.unsqueeze(1).repeat(1, panels.rows.numel(), 1)
+        half = 0.5 * (panels.high - panels.low)
+        z[..., axes] = panels.low + half * (1 + z[..., axes])
+        density = torch.exp(-0.5 * z[..., axes].square().sum(-1)) * (2 * torch.pi) ** (-len(axes) / 2)
+        values = self.problem.values(z, panels.rows) * density * weights.unsqueeze(-1) * half.prod(-1)
+        return torch.einsum("qm,qms->ms", values, _statistics(z))
