@@ -6,6 +6,7 @@ exp E log τ inside a logarithm.  The variance of an affine argument is Σ_l (J 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,18 +93,9 @@ class Arguments:
         """The argument as a function of moments that does not run the program; None where there is none."""
         if argument.name not in self._maps:
             function = self._leaf_function(argument, env)
-            self._maps[argument.name] = compiled(argument, function, self.blocks, moments, self._design(argument))
+            design_of = functools.partial(self.graph.tape.design_matrix, argument.ref)
+            self._maps[argument.name] = compiled(argument, function, self.blocks, moments, design_of)
         return self._maps[argument.name]
-
-    def _design(self, argument: Argument) -> Tensor | None:
-        """X where the argument is X @ z plus constants: its columns need not be computed."""
-        if len(argument.forms) != 1:
-            return None
-        (name,) = argument.forms
-        plain = (
-            isinstance(self.blocks[name].family, (Normal, MultivariateNormal)) and len(self.blocks[name].members) == 1
-        )
-        return self.graph.tape.design_matrix(argument.ref, self.blocks[name].site_names[0]) if plain else None
 
     def _leaf_function(self, argument: Argument, env: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
         return lambda leaves: self._at(argument, env, leaves)
@@ -218,7 +210,7 @@ class Arguments:
         names = list(argument.forms)
         if len(names) == 1:
             block, mine = self.blocks[names[0]], moments[names[0]]
-            plain = len(block.members) == 1 and isinstance(block.family, (Normal, MultivariateNormal))
+            plain = not block.is_joint and isinstance(block.family, (Normal, MultivariateNormal))
             if plain and self._only_moves(argument):
                 return Linear(self._at(argument, env), self._at(argument, env, {names[0]: _diagonal(mine)}))
         variance = None
@@ -231,7 +223,7 @@ class Arguments:
         names = list(argument.forms)
         if len(names) == 1 and self._is_leaf(argument):
             block, mine = self.blocks[names[0]], moments[names[0]]
-            if isinstance(block.family, MultivariateNormal) and len(block.members) == 1:
+            if isinstance(block.family, MultivariateNormal) and not block.is_joint:
                 return Vector(self._at(argument, env), mine["covariance"])
         covariance = None
         for tangents, duals in self._spreads(argument, env, moments):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,38 +22,10 @@ from pyro_blr.families import (
     pushforward_family,
 )
 from pyro_blr.graph import FactorGraph, Plate, Site
+from pyro_blr.members import Member
 from pyro_blr.running import unwrap
 
-__all__ = ["Block", "build_blocks", "is_gaussian"]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One site inside a block: which entries of the block's vector are its own."""
-
-    site: Site
-    start: int
-    stop: int
-    family: ExponentialFamily | None = None
-
-    def _unconstrained(self, part: Tensor, batch: torch.Size) -> Tensor:
-        assert self.family is not None
-        inner = self.site.batch_shape[len(batch) :]
-        event = self.family.base.event_shape if isinstance(self.family, TransformedNormal) else self.family.event_shape
-        return part.reshape((*part.shape[:-1], *inner, *event))
-
-    def constrain(self, part: Tensor, batch: torch.Size) -> Tensor:
-        """The site's value from its entries of a joint block's variable."""
-        value = self._unconstrained(part, batch)
-        if isinstance(self.family, TransformedNormal):
-            value = self.family.constrain(value)
-        return value.reshape((*part.shape[: part.dim() - 1 - len(batch)], *self.site.shape))
-
-    def log_jacobian(self, part: Tensor, batch: torch.Size) -> Tensor | None:
-        if not isinstance(self.family, TransformedNormal):
-            return None
-        jacobian = self.family.log_abs_det_jacobian(self._unconstrained(part, batch))
-        return jacobian.flatten(len(batch)).sum(-1) if jacobian.dim() > len(batch) else jacobian
+__all__ = ["Block", "build_blocks", "in_same_plates", "is_gaussian"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +51,11 @@ class Block:
     @property
     def site_names(self) -> tuple[str, ...]:
         return tuple(member.site.name for member in self.members)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the block's variable holds the unconstrained values of its members one after the other."""
+        return self.members[0].family is not None
 
     @property
     def is_discrete(self) -> bool:
@@ -117,7 +94,7 @@ class Block:
         if found is None:
             return None
         copies = torch.as_tensor(found, dtype=torch.float64, device=self.device)
-        if len(self.members) > 1 or not bool((copies > 0).all()):
+        if self.is_joint or not bool((copies > 0).all()):
             raise ValueError(
                 f"site {self.members[0].site.name!r}: copies must be positive numbers, for a site in a block of its own; "
                 "leave out elements that occur never"
@@ -137,7 +114,7 @@ class Block:
 
     def values(self, leaf: Tensor) -> dict[str, Tensor]:
         """The sites' values at a value of the block's own variable; shape (*batch, *event) -> the model's shapes."""
-        if len(self.members) == 1:
+        if not self.is_joint:
             site = self.members[0].site
             if isinstance(self.family, LogNormal):
                 leaf = leaf.exp()
@@ -157,7 +134,7 @@ class Block:
         """log |dx/du|, shape (*batch), where the block's variable is the unconstrained u; None where x itself is."""
         if isinstance(self.family, TransformedNormal):
             return self.family.log_abs_det_jacobian(leaf)
-        if len(self.members) == 1:
+        if not self.is_joint:
             return None
         parts = [m.log_jacobian(leaf[..., m.start : m.stop], self.batch_shape) for m in self.members]
         found = [part for part in parts if part is not None]
@@ -209,8 +186,13 @@ def _is_real(support: Any) -> bool:
     return support in (constraints.real, constraints.real_vector) or isinstance(support, type(constraints.real))
 
 
-def build_blocks(graph: FactorGraph, blocks: str | Sequence[Sequence[str]] = "sites") -> dict[str, Block]:
-    """How q factorises: `"sites"`, `"elements"`, or a list of groups of site names (sites in no group stand alone)."""
+def build_blocks(
+    graph: FactorGraph, blocks: str | Sequence[Sequence[str]] = "sites", flat: Collection[str] = ()
+) -> dict[str, Block]:
+    """How q factorises: `"sites"`, `"elements"`, or a list of groups of site names (sites in no group stand alone).
+
+    The group of a site in `flat` keeps no plate as batch: elements of it are dependent in q.
+    """
     if not isinstance(blocks, str) and any(isinstance(group, str) for group in blocks):
         raise ValueError(
             f"blocks={blocks!r}: found site names, expected groups of them; one group of all is [{list(blocks)!r}]"
@@ -219,13 +201,14 @@ def build_blocks(graph: FactorGraph, blocks: str | Sequence[Sequence[str]] = "si
     if isinstance(blocks, str) and blocks not in ("sites", "elements"):
         raise ValueError(f'blocks={blocks!r}: expected "sites", "elements" or a list of groups of site names')
     _check_groups(groups, graph)
-    grouped = {name: group for group in groups for name in group if len(group) > 1}
+    grouped = {name: group for group in groups for name in group if len(group) > 1 or name in flat}
     result: dict[str, Block] = {}
     for name, site in graph.sites.items():
         if name in grouped:
             group = grouped[name]
             if group[0] == name or "+".join(group) not in result:
-                result["+".join(group)] = _joint_block([graph.sites[member] for member in group])
+                keeps_plates = not any(member in flat for member in group)
+                result["+".join(group)] = _joint_block([graph.sites[member] for member in group], keeps_plates)
         else:
             elementwise = site.infer.get("blr", {}).get("block", blocks) == "elements"
             result[name] = _site_block(site, elementwise)
@@ -296,14 +279,19 @@ def _discrete_family(site: Site, base: Any) -> tuple[ExponentialFamily, Tensor]:
     return Categorical(states.shape[0], one_hot=one_hot), states
 
 
-def _joint_block(sites: Sequence[Site]) -> Block:
-    """One Gaussian over the unconstrained values of several sites; plates that all of them share stay a batch."""
-    shared = [plate for plate in sites[0].plates if all(plate in site.plates for site in sites)]
-    rank = max((-plate.dim for plate in shared), default=0)
-    complete = {plate.dim for plate in shared} == set(range(-rank, 0)) and all(
-        len(site.batch_shape) == rank for site in sites
+def in_same_plates(sites: Sequence[Site]) -> bool:
+    """Whether all sites are in the same plates, and in no other batch dimensions."""
+    batch, plates = sites[0].batch_shape, sites[0].plates
+    dims = {plate.dim for plate in plates}
+    return all(size == 1 or dim - len(batch) in dims for dim, size in enumerate(batch)) and all(
+        site.batch_shape == batch and set(site.plates) == set(plates) for site in sites
     )
-    plates = tuple(shared) if complete else ()
+
+
+def _joint_block(sites: Sequence[Site], keeps_plates: bool = True) -> Block:
+    """One Gaussian over the unconstrained values of several sites; plates stay a batch where all sites are in the same ones."""
+    complete = keeps_plates and in_same_plates(sites)
+    plates = sites[0].plates if complete else ()
     batch = sites[0].batch_shape if complete else torch.Size()
     members, start = [], 0
     for site in sites:

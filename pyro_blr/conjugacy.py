@@ -254,7 +254,7 @@ class _Judge:
         if claimed is None:
             return _Finding(None, False, points, structural.operation, structural.source)
         cause = excuse(self.probe, argument, block)
-        if not cause and len(block.members) == 1:  # about several sites together the structural judge asks the numbers
+        if not cause and not block.is_joint:  # about several sites together the structural judge asks the numbers
             raise RuntimeError(contradiction(factor, argument, block, structural, points))
         return _Finding(None, False, points, structural.operation, structural.source, cause)
 

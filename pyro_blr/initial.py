@@ -49,7 +49,7 @@ def initial_natural(block: Block) -> Tensor:
 
     Rows of a subsampled plate that this run did not see repeat the ones that it did.
     """
-    if len(block.members) > 1:
+    if block.is_joint:
         return to_full(block, joint_natural(block, {}))
     fallback = _unit_natural(block)
     prior = natural_of(block, block.sites[0].distribution)

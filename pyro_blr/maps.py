@@ -14,59 +14,14 @@ import torch
 from torch import Tensor
 
 from pyro_blr.blocks import Block
-from pyro_blr.families import InverseGamma, Wishart
+from pyro_blr.families import InverseGamma, MultivariateNormal, Normal, Wishart
+from pyro_blr.gathers import Gather, columns_of, gather_of
 from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
+from pyro_blr.pieces import Entries, JointMap, Slab, joint_map
 from pyro_blr.plans import Argument
 
-__all__ = ["AffineMap", "Columns", "Gather", "Monomial", "compiled"]
-
-
-@dataclass(frozen=True)
-class Gather:
-    """out = x[index] (then shaped), where each output is one entry of x.
-
-    `shape` alone: a reshape.  `rows`: whole rows of the last dim, which are cheaper to gather and to scatter back than entries.
-    """
-
-    shape: torch.Size
-    source: int
-    index: Tensor | None = None
-    rows: Tensor | None = None
-
-    def rows_as_entries(self) -> Tensor | None:
-        """The same gather by entries; None for a reshape."""
-        if self.rows is None:
-            return None
-        width = self.shape[-1]
-        return (self.rows[:, None] * width + torch.arange(width, device=self.rows.device)).flatten()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.rows is not None:
-            return x.reshape(-1, x.shape[-1]).index_select(0, self.rows).reshape(self.shape)
-        if self.index is not None:
-            return x.reshape(-1).index_select(0, self.index).reshape(self.shape)
-        return x.reshape(self.shape)
-
-
-def gather_of(numbers: Tensor, source_shape: torch.Size) -> Gather | None:
-    """The gather whose output at x = 0, 1, 2, … is `numbers`; None where these are no indices."""
-    index = numbers.round()
-    size = source_shape.numel()
-    if not bool(((numbers - index).abs() < 1e-3).all()) or not bool(((index >= 0) & (index < size)).all()):
-        return None
-    index = index.long()
-    flat = index.flatten()
-    if size == 1:
-        return Gather(torch.Size([1] * index.dim()), 1)  # one entry for every output: left to broadcasting
-    if flat.numel() == size and bool((flat == torch.arange(size, device=flat.device)).all()):
-        return Gather(index.shape, size)
-    width = source_shape[-1] if source_shape else 1
-    if width > 1 and index.dim() > 0 and index.shape[-1] == width:
-        first = index[..., :1]
-        if bool((first % width == 0).all()) and bool((index == first + torch.arange(width, device=index.device)).all()):
-            return Gather(index.shape, size, rows=(first // width).flatten())
-    return Gather(index.shape, size, index=flat)
+__all__ = ["AffineMap", "Columns", "Monomial", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -99,15 +54,15 @@ def compiled(
     function: LeafFunction,
     blocks: Mapping[str, Block],
     moments: Moments,
-    design: Tensor | None = None,
+    design_of: Callable[[str], Tensor | None] = lambda site: None,
 ) -> Callable[[Moments], Expectation] | None:
     """moments ↦ the argument's expectations, without running the program; None where its form is not one of these.
 
-    `function` is the argument as a function of the leaves of its blocks; `design` its matrix, where that is at hand.
+    `function` is the argument as a function of the leaves of its blocks; `design_of(site)` its matrix, where that is at hand.
     """
     try:
         if argument.role is Linear:
-            return _affine(argument, function, moments, design)
+            return _affine(argument, function, blocks, moments, design_of)
         if len(argument.forms) != 1:
             return None
         ((name, form),) = argument.forms.items()
@@ -118,7 +73,7 @@ def compiled(
             return _probability(name, form, function, mine["log"])
         if argument.role is Simplex:
             return _simplex(name, function, mine["log"])
-        if argument.role is Vector and "covariance" in mine and len(blocks[name].members) == 1:
+        if argument.role is Vector and "covariance" in mine and not blocks[name].is_joint:
             return _vector(name, function, mine["mean"])
         if argument.role is Matrix and isinstance(blocks[name].family, Wishart):
             return _matrix(name, function, mine["mean"])
@@ -246,11 +201,12 @@ def _matrix(name: str, function: LeafFunction, like: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class AffineMap:
-    """b + Σ over blocks of a gather with coefficients, or of columns."""
+    """b + Σ over blocks of a gather with coefficients, of columns, or of a joint block's pieces."""
 
     offset: Tensor | None
     gathers: Mapping[str, tuple[Tensor | None, Tensor | None, Gather]]
     columns: Mapping[str, Columns]
+    joints: Mapping[str, JointMap]
 
     def __call__(self, moments: Moments) -> Linear:
         mean = self.offset
@@ -266,17 +222,42 @@ class AffineMap:
             v = columns.variance(moments[name].get("variance"), moments[name].get("covariance"))
             mean = m if mean is None else mean + m
             variance = v if variance is None else variance + v
+        for name, joint in self.joints.items():
+            m, v = joint.mean(moments[name]["mean"]), joint.variance(moments[name]["covariance"])
+            mean = m if mean is None else mean + m
+            variance = v if variance is None else variance + v
         assert mean is not None
         return Linear(mean, variance)
 
     def global_columns(self) -> dict[str, Tensor] | None:
-        """Block -> columns (L, *out), where every block enters whole; None where one is gathered by rows."""
+        """Block -> columns (L, *out), where every block enters whole; None where one is gathered by rows, or joint."""
+        if self.joints:
+            return None
         result = {name: columns.columns for name, columns in self.columns.items()}
         for name, (coefficient, _, gather) in self.gathers.items():
             if gather.index is not None or gather.rows is not None or gather.source != 1:
                 return None
             result[name] = torch.ones(1, *gather.shape) if coefficient is None else coefficient.unsqueeze(0)
         return result
+
+    def pieces(self) -> dict[str, tuple[Entries | Slab, ...]] | None:
+        """Block -> its pieces, where some block is joint; None where none is, or where a joint one is in a plate."""
+        if not self.joints or any(joint.num_batch > 1 for joint in self.joints.values()):
+            return None
+        result: dict[str, tuple[Entries | Slab, ...]] = {name: joint.pieces for name, joint in self.joints.items()}
+        result |= {name: (Slab(0, columns.columns),) for name, columns in self.columns.items()}
+        for name, (coefficient, _, gather) in self.gathers.items():
+            if gather.rows is not None:
+                return None
+            source = torch.arange(gather.source, device=self._device)
+            index = source if gather.index is None else gather.index
+            result[name] = (Entries(index.reshape(gather.shape), coefficient),)
+        return result
+
+    @property
+    def _device(self) -> torch.device:
+        first = next(iter(self.joints.values())).pieces[0]
+        return (first.index if isinstance(first, Entries) else first.columns).device
 
 
 def _diagonal(moments: Mapping[str, Tensor]) -> Tensor:
@@ -285,12 +266,18 @@ def _diagonal(moments: Mapping[str, Tensor]) -> Tensor:
     return moments["variance"]
 
 
-def _affine(argument: Argument, function: LeafFunction, moments: Moments, design: Tensor | None) -> Any:
+def _affine(
+    argument: Argument,
+    function: LeafFunction,
+    blocks: Mapping[str, Block],
+    moments: Moments,
+    design_of: Callable[[str], Tensor | None],
+) -> Any:
     if argument.products:
         return None
     leaves = {name: torch.zeros_like(moments[name]["mean"]) for name in argument.forms}
     offset = function(leaves)
-    gathers, columns = {}, {}
+    gathers, columns, joints = {}, {}, {}
     for name in argument.forms:
         like = leaves[name]
         mixed = argument.mixed[name]
@@ -298,7 +285,12 @@ def _affine(argument: Argument, function: LeafFunction, moments: Moments, design
         def change(x: Tensor, name: str = name) -> Tensor:
             return function({**leaves, name: x}) - offset
 
-        if not mixed:
+        if blocks[name].is_joint:
+            joint = joint_map(blocks[name], change, like, design_of)
+            if joint is None:
+                return None
+            joints[name] = joint
+        elif not mixed:
             ones = change(torch.ones_like(like))
             numbers = change(_numbered(like).to(like.dtype)).double() / ones.double()
             gather = gather_of(torch.where(ones == 0, 0.0, numbers - 1), like.shape)
@@ -307,15 +299,15 @@ def _affine(argument: Argument, function: LeafFunction, moments: Moments, design
             unit = bool((ones == 1).all())
             gathers[name] = (None if unit else ones, None if unit else ones.square(), gather)
         elif all(like.shape[dim] == 1 or dim in mixed for dim in range(-like.dim(), 0)):
-            columns[name] = Columns(_columns(change, like) if design is None else design.mT)
+            plain = len(argument.forms) == 1 and isinstance(blocks[name].family, (Normal, MultivariateNormal))
+            design = design_of(blocks[name].site_names[0]) if plain else None
+            columns[name] = Columns(
+                columns_of(
+                    change, torch.eye(like.numel(), dtype=like.dtype, device=like.device).reshape(-1, *like.shape)
+                )
+                if design is None
+                else design.mT
+            )
         else:
             return None
-    return AffineMap(None if bool((offset == 0).all()) else offset, gathers, columns)
-
-
-def _columns(change: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    basis = torch.eye(like.numel(), dtype=like.dtype, device=like.device).reshape(-1, *like.shape)
-    try:
-        return torch.func.vmap(change)(basis)
-    except (RuntimeError, ValueError, NotImplementedError):
-        return torch.stack([change(e) for e in basis])
+    return AffineMap(None if bool((offset == 0).all()) else offset, gathers, columns, joints)

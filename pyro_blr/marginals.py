@@ -11,7 +11,7 @@ from pyro.distributions import constraints, transforms
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
-from pyro_blr.blocks import Block, Member
+from pyro_blr.blocks import Block
 from pyro_blr.distributions import IndexCategorical, InverseGammaWithMoments, PushedNormal, Reshaped, States
 from pyro_blr.families import (
     Categorical,
@@ -24,6 +24,7 @@ from pyro_blr.families import (
     pushforward_family,
 )
 from pyro_blr.graph import Site
+from pyro_blr.members import Member
 
 __all__ = [
     "bijection_of",
@@ -60,7 +61,7 @@ def _is_real(support: Any) -> bool:
 def site_distribution(block: Block, natural: Tensor) -> Any:
     """q of a block's only site at λ (*batch, *elements, p): batch and event shapes are the model's."""
     site, family = block.sites[0], block.family
-    if len(block.members) > 1:
+    if block.is_joint:
         raise ValueError(f"block {block.name!r} is joint over {block.site_names}: ask `marginal` for one")
     distribution = variable_distribution(block, natural)
     if isinstance(family, MultivariateNormal) and not block.elements:
@@ -121,7 +122,7 @@ def marginal(block: Block, name: str, natural: Tensor) -> Any:
 
     A site with batch dimensions of its own in a joint block keeps, of each batch element, the marginal.
     """
-    if len(block.members) == 1:
+    if not block.is_joint:
         return site_distribution(block, natural)
     member = next(member for member in block.members if member.site.name == name)
     bijection, shape = bijection_of(member.site)
@@ -174,7 +175,7 @@ def member_values(block: Block, leaf: Tensor) -> dict[str, tuple[Tensor, Tensor 
 
 def draws_of(block: Block, natural: Tensor, sample_shape: torch.Size) -> dict[str, Tensor]:
     """Site -> draws from q, (*sample_shape, *batch, *event)."""
-    if len(block.members) == 1:
+    if not block.is_joint:
         return {block.name: site_distribution(block, natural).sample(sample_shape)}
     leaf = variable_distribution(block, natural).sample(sample_shape)
     result = {}
@@ -187,7 +188,7 @@ def draws_of(block: Block, natural: Tensor, sample_shape: torch.Size) -> dict[st
 
 def log_prob_of(block: Block, natural: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """log q of a block at its sites' values, summed over the block's batch."""
-    if len(block.members) == 1:
+    if not block.is_joint:
         distribution = site_distribution(block, natural)
         result = distribution.log_prob(values[block.name])
         return sum_rightmost(result, len(distribution.batch_shape))

@@ -10,12 +10,13 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_blr.arbiter import replayed_log_probs, unfaithful_factors
-from pyro_blr.blocks import Block, build_blocks
+from pyro_blr.blocks import Block
 from pyro_blr.capture import capture
 from pyro_blr.checks import check_graph
 from pyro_blr.conjugacy import analyse
 from pyro_blr.enumeration import misaligned_factors
 from pyro_blr.graph import FactorGraph
+from pyro_blr.groups import Grouping, blocks_of, choose_groups
 from pyro_blr.lowering import lowered
 from pyro_blr.messages import Messages
 from pyro_blr.plans import PROVED, FactorPlan
@@ -63,6 +64,7 @@ class Program:
     plans: Mapping[str, FactorPlan]
     messages: Messages
     sweeps: Sweeps
+    factorisation: str | Sequence[Sequence[str]] | Grouping
     orders: dict[
         str, int
     ]  # block -> how many derivatives of its sampled factors are to be believed, once that was seen
@@ -86,6 +88,8 @@ class Program:
             f"{d.operation} on {' and '.join(sorted(d.latents))} ({d.source}): a latent leaves torch there"
             for d in self.graph.tape.departures
         ]
+        if isinstance(self.factorisation, Grouping):
+            found += self.factorisation.notes
         if self.graph.failure is not None:
             found.append(f"the model cannot be recorded ({self.graph.failure}): it is run again for every draw")
         return list(dict.fromkeys(found))
@@ -116,8 +120,9 @@ class Programs:
     Other data in the same structure: the verdicts are.  Otherwise the model is judged anew.
     """
 
-    def __init__(self, model: Callable, blocks: str | Sequence[Sequence[str]]):
+    def __init__(self, model: Callable, blocks: str | Sequence[Sequence[str]] | Grouping):
         self.model, self.blocks = model, blocks
+        self._chosen: tuple[frozenset[str], Grouping] | None = None  # under `"auto"`, for these sites
         self._last: Program | None = None
         self._judged: dict[Any, tuple[Mapping[str, FactorPlan], _Latents, _Latents]] = {}
         self._generic: dict[str, Tensor] = {}
@@ -157,35 +162,40 @@ class Programs:
         if graph.shared and not treats_elements_alike(graph):
             return None
         check_graph(graph)
-        blocks = build_blocks(graph, self.blocks)
         key = _structure(graph)
+        unfaithful = (
+            self._judged[key][1] if key in self._judged else unfaithful_factors(self.model, args, kwargs, graph)
+        )
+        factorisation = self._factorisation(graph, unfaithful)
 
         def replay(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return replayed_log_probs(self.model, args, kwargs, graph, values)
 
-        messages = self._messages(key, graph, blocks, args, kwargs, replay)
+        messages = self._messages(key, graph, blocks_of(graph, factorisation), unfaithful, replay)
         if graph.shared and any(plan.replayed for plan in messages.plans.values()):
             return None
-        orders = self._orders.setdefault(key, {})
-        return Program(trace, graph, blocks, messages.plans, messages, Sweeps(_suits_flattening(messages)), orders)
+        orders, sweeps = self._orders.setdefault(key, {}), Sweeps(_suits_flattening(messages))
+        return Program(trace, graph, messages.blocks, messages.plans, messages, sweeps, factorisation, orders)
+
+    def _factorisation(self, graph: FactorGraph, unfaithful: _Latents) -> str | Sequence[Sequence[str]] | Grouping:
+        """What was asked for; `"auto"` is decided once for a model's sites, so that λ keeps its meaning."""
+        if self.blocks != "auto":
+            return self.blocks
+        if self._chosen is None or self._chosen[0] != frozenset(graph.sites):
+            self._chosen = frozenset(graph.sites), choose_groups(graph, unfaithful)
+        return self._chosen[1]
 
     def _messages(
-        self,
-        key: Any,
-        graph: FactorGraph,
-        blocks: Mapping[str, Block],
-        args: tuple,
-        kwargs: Mapping[str, Any],
-        replay: Callable,
+        self, key: Any, graph: FactorGraph, blocks: Mapping[str, Block], unfaithful: _Latents, replay: Callable
     ) -> Messages:
         """Messages under the verdicts of an earlier run of the same structure, or under new ones."""
         if key in self._judged:
             judged, unfaithful, misaligned = self._judged[key]
             plans = analyse(graph, blocks, unfaithful, misaligned, judged)
             return Messages(graph, blocks, with_quadrature(graph, blocks, plans, judged=True), replay)
-        unfaithful = unfaithful_factors(self.model, args, kwargs, graph)
-        plans = with_quadrature(graph, blocks, analyse(graph, blocks, unfaithful), judged=False)
-        messages = Messages(graph, blocks, plans, replay)
+        known = self._chosen[1].plans_of(graph) if self._chosen is not None else None
+        found = known or with_quadrature(graph, blocks, analyse(graph, blocks, unfaithful), judged=False)
+        messages = Messages(graph, blocks, found, replay)
         misaligned = misaligned_factors(graph, blocks, messages.plans, messages.averages)
         if misaligned:
             plans = with_quadrature(graph, blocks, analyse(graph, blocks, unfaithful, misaligned), judged=False)

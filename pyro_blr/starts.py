@@ -32,7 +32,7 @@ __all__ = ["apply_init", "point_natural"]
 def point_natural(block: Block, values: Mapping[str, Tensor]) -> Tensor:
     """λ (*block.batch_shape, p) of a narrow member of the family around the sites' values."""
     family = block.family
-    if len(block.members) > 1:
+    if block.is_joint:
         return joint_natural(block, values)
     moments = moments_at(block, values)
     if is_gaussian(family):
@@ -93,7 +93,7 @@ def apply_init(
 
 
 def _started(block: Block, starts: Mapping[str, Any]) -> Tensor:
-    if len(block.members) > 1:
+    if block.is_joint:
         return joint_natural(block, starts)
     ((name, start),) = starts.items()
     if isinstance(start, Tensor):

@@ -16,9 +16,10 @@ from pyro.distributions import constraints
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyro_blr.blocks import Block, Member
+from pyro_blr.blocks import Block
 from pyro_blr.families import DiagonalNormal, ExponentialFamily, TransformedNormal, pushforward_family
 from pyro_blr.graph import Plate, Site
+from pyro_blr.members import Member
 
 __all__ = ["Prior", "read", "snapshot", "write"]
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from pyro_blr.likelihoods import Linear, Positive
 from pyro_blr.maps import AffineMap, Monomial
+from pyro_blr.pieces import Entries, gram_of_pieces
 
 __all__ = ["QuadraticSummary", "summarise"]
 
 _ROWS = 1 << 15  # rows accumulated at once in float64
+_CHEAP = 10_000  # entries of a Gram matrix that is formed however few the rows
 _LARGEST = 4096  # unknowns beyond which the Gram matrix is not formed
 
 Moments = Mapping[str, Mapping[str, Tensor]]
@@ -25,6 +27,7 @@ class QuadraticSummary:
     """Σ_n s_n E log N = constant + ½ n E log τ − ½ E τ (q − 2 hᵀ m + mᵀ G m + tr G V), accumulated in float64."""
 
     slices: Mapping[str, slice]
+    used: Mapping[str, Tensor | None]  # which entries of a block's variable enter; None where all do
     gram: Tensor
     cross: Tensor
     square: Tensor
@@ -33,20 +36,31 @@ class QuadraticSummary:
     precision: Monomial | None
 
     def __call__(self, moments: Moments) -> Tensor:
-        mean = torch.cat([moments[name]["mean"].reshape(-1) for name in self.slices]).to(self.gram.dtype)
+        mean = torch.cat([self._of(name, moments[name]["mean"].reshape(-1)) for name in self.slices])
         quadratic = self.square - 2 * (self.cross @ mean) + mean @ (self.gram @ mean)
         for name, part in self.slices.items():
             block = self.gram[part, part]
             if "covariance" in moments[name]:
-                covariance = moments[name]["covariance"].to(self.gram.dtype)
-                quadratic = quadratic + (block * covariance.reshape(block.shape)).sum()
+                quadratic = quadratic + self._spread(name, block, moments[name]["covariance"])
             else:
-                quadratic = quadratic + block.diagonal() @ moments[name]["variance"].reshape(-1).to(self.gram.dtype)
+                quadratic = quadratic + block.diagonal() @ self._of(name, moments[name]["variance"].reshape(-1))
         if self.precision is None:
             return self.constant - 0.5 * quadratic
         tau = self.precision.scalar(moments)
         mean_tau, log_tau = tau.mean.to(self.gram.dtype), tau.log.to(self.gram.dtype)
         return self.constant + 0.5 * self.count * log_tau - 0.5 * mean_tau * quadratic
+
+    def _spread(self, name: str, block: Tensor, covariance: Tensor) -> Tensor:
+        """tr G V; a block with several batch elements is gathered, so that its part of G is diagonal."""
+        if covariance.shape[:-2].numel() > 1:
+            return block.diagonal() @ self._of(name, covariance.diagonal(dim1=-2, dim2=-1).reshape(-1))
+        rows = self._of(name, covariance.reshape(covariance.shape[-2:]))
+        return (block * self._of(name, rows.mT)).sum()
+
+    def _of(self, name: str, tensor: Tensor) -> Tensor:
+        """The rows of the entries that enter, in the precision of the sums."""
+        used = self.used[name]
+        return (tensor if used is None else tensor.index_select(0, used)).to(self.gram.dtype)
 
 
 @torch.no_grad()
@@ -64,8 +78,7 @@ def summarise(
     """
     if not isinstance(value, Linear) or value.variance is not None or not isinstance(loc, AffineMap):
         return None
-    columns = loc.global_columns()
-    if columns is None or sum(c.shape[0] for c in columns.values()) > _LARGEST:
+    if not _pays(loc, shape):
         return None
     if isinstance(precision, Positive):
         coefficient, monomial = precision.mean, None
@@ -87,12 +100,39 @@ def summarise(
         .expand(shape)
         .sum()
     )
+    used, gram, cross, square = _sums(loc, residual, scaled, shape, wide)
     slices, start = {}, 0
-    for name, column in columns.items():
-        slices[name] = slice(start, start + column.shape[0])
-        start += column.shape[0]
-    gram, cross, square = _accumulate(list(columns.values()), residual, scaled, shape, wide)
-    return QuadraticSummary(slices, gram, cross, square, count, constant, monomial)
+    for name, (size, _) in used.items():
+        slices[name] = slice(start, start + size)
+        start += size
+    entries = {name: index for name, (_, index) in used.items()}
+    return QuadraticSummary(slices, entries, gram, cross, square, count, constant, monomial)
+
+
+def _pays(loc: AffineMap, shape: torch.Size) -> bool:
+    """Whether a sum over all pairs of entries is cheaper than one over the rows' own pairs, or at least cheap."""
+    pieces = loc.pieces()
+    if pieces is None:
+        columns = loc.global_columns()
+        return columns is not None and sum(c.shape[0] for c in columns.values()) <= _LARGEST
+    every = [piece for some in pieces.values() for piece in some]
+    width = sum(1 if isinstance(piece, Entries) else piece.columns.shape[0] for piece in every)
+    entries = sum(p.index.unique().numel() if isinstance(p, Entries) else p.columns.shape[0] for p in every)
+    return entries <= _LARGEST and entries**2 <= max(_CHEAP, shape.numel() * width**2)
+
+
+def _sums(
+    loc: AffineMap, residual: Tensor, weights: Tensor, shape: torch.Size, wide: torch.dtype
+) -> tuple[dict[str, tuple[int, Tensor | None]], Tensor, Tensor, Tensor]:
+    """Block -> how many of its entries enter, and which (None: all); and the sums over rows."""
+    pieces = loc.pieces()
+    if pieces is not None:
+        used, *sums = gram_of_pieces(pieces, residual, weights, shape)
+        return {name: (len(index), index) for name, index in used.items()}, sums[0], sums[1], sums[2]
+    columns = loc.global_columns()
+    assert columns is not None
+    sizes: dict[str, tuple[int, Tensor | None]] = {name: (column.shape[0], None) for name, column in columns.items()}
+    return sizes, *_accumulate(list(columns.values()), residual, weights, shape, wide)
 
 
 def _accumulate(

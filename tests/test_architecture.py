@@ -17,6 +17,7 @@ TOP_LEVEL = {"pyproject.toml", "README.md", "pyro_blr", "examples", "tests", "do
 
 # Lower layers first. A module imports from layers before its own, and a package from itself.
 LAYERS = [
+    "shapes",
     "families",
     "distributions",
     "memory",
@@ -35,6 +36,7 @@ LAYERS = [
     "running",
     "capture",
     "arbiter",
+    "members",
     "blocks",
     "checks",
     "marginals",
@@ -51,6 +53,9 @@ LAYERS = [
     "conjugacy",
     "cuts",
     "predictors",
+    "groups",
+    "gathers",
+    "pieces",
     "maps",
     "summaries",
     "arguments",
@@ -72,6 +77,7 @@ LAYERS = [
     "explain",
     "plots",
     "export",
+    "report",
     "posterior",
     "guides",
     "parameters",
@@ -81,6 +87,7 @@ LAYERS = [
     "gradients",
     "symmetry",
     "runs",
+    "transactions",
     "inference",
     "nn",
     "distributed",
