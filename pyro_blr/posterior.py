@@ -15,10 +15,12 @@ from torch import Tensor
 
 from pyro_blr import storage
 from pyro_blr.blocks import Block, is_gaussian
+from pyro_blr.diagnostics import LinearResponse, Restart
 from pyro_blr.distributions import PushedNormal
 from pyro_blr.export import to_arviz
 from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.marginals import bijection_of, draws_of, gaussian_moments, log_prob_of, marginal
+from pyro_blr.report import psis, summary
 
 __all__ = ["Posterior"]
 
@@ -29,7 +31,7 @@ class Posterior:
     Its `mean`, `variance` and `stddev` are always defined: closed forms, quadrature for an elementwise
     function of a Gaussian, a fixed quasi-random sequence for a simplex or a Cholesky factor made of one.
     Plates have their full size. Besides λ it holds the bound (`elbo`, higher is better; `elbo_kind` says what
-    it is), its `history`, and how the run ended.
+    it is), its `history`, how the run ended, and where its `restarts` did.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Posterior:
         model: Callable | None = None,
         args: tuple = (),
         kwargs: Mapping[str, Any] | None = None,
+        restarts: Iterable[Restart] = (),
+        response: Callable[[], LinearResponse] | None = None,
     ) -> None:
         self._blocks = {name: storage.snapshot(block) for name, block in blocks.items()}
         self._naturals = {name: naturals[name].detach().clone() for name in blocks}
@@ -56,6 +60,8 @@ class Posterior:
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
         self._block_of = {site: name for name, block in blocks.items() for site in block.site_names}
         self._marginals: dict[str, Any] = {}
+        self.restarts = tuple(Restart(*one) for one in restarts)
+        self._response = response
 
     @property
     def blocks(self) -> Mapping[str, Block]:
@@ -130,7 +136,7 @@ class Posterior:
     def _entries(self, block: Block, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Mean and covariance of some sites of a block, in the order of names."""
         mean, covariance = gaussian_moments(block, self._naturals[block.name])
-        if len(block.members) == 1:
+        if not block.is_joint:
             return mean, covariance
         ranges = {m.site.name: torch.arange(m.start, m.stop, device=mean.device) for m in block.members}
         index = torch.cat([ranges[name] for name in names])
@@ -148,7 +154,7 @@ class Posterior:
     def _size(self, name: str, flat: bool) -> int:
         """Length of a site's unconstrained value, for one batch element of its block or for all."""
         block = self._find(name)
-        if len(block.members) > 1:
+        if block.is_joint:
             size = next(member.stop - member.start for member in block.members if member.site.name == name)
         else:
             base = block.family.base if isinstance(block.family, TransformedNormal) else block.family
@@ -225,7 +231,16 @@ class Posterior:
     # ----------------------------------------------------------------------------------------------------
     # Files and print
 
-    to_arviz = to_arviz
+    to_arviz, psis, summary = to_arviz, psis, summary
+
+    def linear_response(self) -> LinearResponse:
+        """Covariances that q's factors leave out, from how the optimum moves when the model is tilted."""
+        if self._response is None:
+            raise ValueError("the posterior was read from a file or copied, without its engine; use engine.posterior")
+        return self._response()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_response": None}  # copies and pickles are of q, not of the engine
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes λ, the bound and its history, and all that rebuilding q takes, to one .safetensors file."""
@@ -242,7 +257,7 @@ class Posterior:
         rows = [("site", "q", "batch", "event")]
         for name in self._block_of:
             block = self._find(name)
-            family = type(block.family).__name__ + (f" of {block.name}" if len(block.members) > 1 else "")
+            family = type(block.family).__name__ + (f" of {block.name}" if block.is_joint else "")
             q = self[name]
             rows.append((name, family, str(tuple(q.batch_shape)), str(tuple(q.event_shape))))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -252,7 +267,7 @@ class Posterior:
         return "\n".join([head + (f", {self.stop_reason}" if self.stop_reason else ""), *lines])
 
 
-_ABOUT = ("elbo", "elbo_kind", "elbo_se", "history", "converged", "stop_reason", "num_steps")
+_ABOUT = ("elbo", "elbo_kind", "elbo_se", "history", "converged", "stop_reason", "num_steps", "restarts")
 
 
 def _unique(blocks: Sequence[Block]) -> list[Block]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from pyro_blr.ascent import Ascent
-from pyro_blr.climbs import climb, newton_start
+from pyro_blr.climbs import climb, moved_nats, newton_start
+from pyro_blr.diagnostics import Restart
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.gradients import ParameterUpdate
 from pyro_blr.program import Program
@@ -52,8 +53,12 @@ class Run:
     def elbo(self) -> float:
         return self.ascent.bound_before()
 
-    def outcome(self) -> dict[str, Any]:
+    def outcome(self, runs: Sequence[Run] = ()) -> dict[str, Any]:
+        """What a posterior says of its run; `runs` are all starts, this one among them."""
         return {
+            "restarts": [
+                Restart(r.elbo, r.ascent.bound_se, r.converged, moved_nats(self.ascent, r.ascent.beliefs)) for r in runs
+            ],
             "elbo": self.elbo,
             "elbo_kind": self.ascent.bound_kind,
             "elbo_se": self.ascent.bound_se,

@@ -4,60 +4,68 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_blr.blocks import Block
+from pyro_blr.diagnostics import FEWEST_DRAWS, ParetoSmoothed, pareto_smoothed
 from pyro_blr.graph import Plate
 
 from ._arviz import Variable
+from ._fitted import Fitted
+from ._ratios import log_ratios
 from ._runs import ModelRuns
 
-__all__ = ["Fitted", "Groups", "model_groups", "posterior_groups"]
+__all__ = ["Groups", "draws_of_q", "model_groups", "posterior_groups", "weight_groups"]
 
 Groups = dict[str, dict[str, Variable]]
 
 
-class Fitted(Protocol):
-    """What an export needs of a posterior."""
-
-    @property
-    def blocks(self) -> Mapping[str, Block]: ...
-    @property
-    def model(self) -> Callable | None: ...
-    @property
-    def args(self) -> Sequence[Any]: ...
-    @property
-    def kwargs(self) -> Mapping[str, Any]: ...
-    @property
-    def history(self) -> Sequence[float]: ...
-    @property
-    def elbo(self) -> float: ...
-    @property
-    def converged(self) -> bool: ...
-    @property
-    def stop_reason(self) -> str: ...
-    @property
-    def num_steps(self) -> int: ...
-    def sample(self, shape: Any) -> dict[str, Tensor]: ...
-    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor: ...
-
-
-def posterior_groups(posterior: Fitted, draws: Mapping[str, Tensor]) -> Groups:
-    """What q says by itself: draws of its sites, their log density, and how it was fitted."""
+def draws_of_q(posterior: Fitted, draws: Mapping[str, Tensor]) -> dict[str, Variable]:
+    """Draws of all sites, (S, *shape), with their plates named."""
     variables = {}
     for block in posterior.blocks.values():
         for site in block.sites:
             names, kept = _axes(site.plates, len(site.batch_shape), tuple(draws[site.name].shape[1:]))
             variables[site.name] = _variable(draws[site.name], names, kept, _labels(site.plates, {}))
+    return variables
+
+
+def posterior_groups(posterior: Fitted, draws: Mapping[str, Tensor]) -> Groups:
+    """What q says by itself: draws of its sites, their log density, and how it was fitted."""
     return {
-        "posterior": variables,
+        "posterior": draws_of_q(posterior, draws),
         "sample_stats": {"lq": Variable(_array(posterior.log_prob(draws))[None])},
         "variational": _fit(posterior),
+    }
+
+
+def weight_groups(posterior: Fitted, runs: ModelRuns, draws: Mapping[str, Tensor], joint: Tensor) -> Groups:
+    """The importance weights of the draws and what they say of q; NaN, and why, where there are none."""
+    num = len(joint)
+    ratios, weights, reason = joint.new_full((num,), torch.nan), joint.new_full((num,), torch.nan), ""
+    said = dict.fromkeys(("khat", "log_evidence", "log_evidence_se", "importance_ess"), float("nan"))
+    try:
+        found = log_ratios(posterior, runs, draws, joint=joint)
+        ratios, reason = found.values, found.note
+        if num >= FEWEST_DRAWS:
+            weights, khat = pareto_smoothed(ratios, found.rounding)
+            result = ParetoSmoothed(khat, ratios, weights, draws)
+            numbers = khat, result.log_evidence, result.log_evidence_se, result.ess
+            said = dict(zip(said, numbers, strict=True))
+        else:
+            reason = f"k-hat takes at least {FEWEST_DRAWS} draws"
+    except ValueError as error:
+        reason = str(error)
+    return {
+        "sample_stats": {"log_ratio": Variable(_array(ratios)[None]), "log_weight": Variable(_array(weights)[None])},
+        "variational": {
+            name: Variable(np.array([value]), sample=("chain",))
+            for name, value in {**said, "khat_note": reason}.items()
+        },
     }
 
 

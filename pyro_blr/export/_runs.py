@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.func import vmap
 
 from pyro_blr.running import generic_value, isolated_random_state, run_model
 
+from ._handlers import AllStates, Enumerated, Generated
 from ._statements import Statement, log_density
 
 __all__ = ["ModelRuns", "Record"]
@@ -30,13 +31,14 @@ class Record:
     """What a run gave; each tensor begins with a dim of draws, except of a single run.
 
     `log_probs` are unscaled, one for each element of the statement's batch, NaN where masked; `joint` is the
-    sum of all, masked and scaled, as it stands in the ELBO.  `undefined` names statements with NaN elsewhere.
+    sum of all, masked and scaled, as it stands in the ELBO, in float64.  `undefined` says which statements
+    have NaN elsewhere.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     log_probs: dict[str, Tensor] = field(default_factory=dict)
-    joint: Tensor = field(default_factory=lambda: torch.zeros(()))
-    undefined: set[str] = field(default_factory=set)
+    joint: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    undefined: dict[str, Tensor] = field(default_factory=dict)
 
     def kept(self, values: Collection[str], log_probs: Collection[str]) -> Record:
         """Only the named statements, on the CPU."""
@@ -76,8 +78,12 @@ class ModelRuns:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.subsamples = {} if subsamples is None else subsamples
         self.statements: dict[str, Statement] = {}
-        self._vectorises: dict[bool, bool] = {} if parallel else {False: False, True: False}
-        first = self._trace({}, generate=False, choose=generic_value)
+        self._ways: dict[bool, list[Callable[..., Record]]] = {
+            False: [self._in_a_plate, self._in_a_map] if parallel else [],
+            True: [self._in_a_plate] if parallel else [],  # vmap cannot draw for each of its elements
+        }
+        self._agreed: set[bool] = set()
+        first = self.trace({}, generate=False, choose=generic_value)
         for name, node in first.nodes.items():
             if node["type"] == "sample" and isinstance(node["fn"], _Subsample):
                 self.subsamples.setdefault(name, torch.as_tensor(node["value"]))
@@ -104,9 +110,10 @@ class ModelRuns:
             stop = min(start + self._chunk, num)
             chunk = {name: value[start:stop] for name, value in laid.items()}
             part = self._run_chunk(chunk, stop - start, generate)
-            if part.undefined:
+            undefined = sorted(name for name, found in part.undefined.items() if bool(found.any()))
+            if undefined:
                 raise ValueError(
-                    f"statements {sorted(part.undefined)} have log density NaN at draws of the posterior; "
+                    f"statements {undefined} have log density NaN at draws of the posterior; "
                     "expected numbers. Look for NaN in the data (mask what is missing) or overflow"
                 )
             parts.append(part.kept(values, log_probs))
@@ -118,24 +125,35 @@ class ModelRuns:
         return max(1, CHUNK_ELEMENTS // max(held, 1))
 
     def _run_chunk(self, draws: Mapping[str, Tensor], num: int, generate: bool) -> Record:
-        if self._vectorises.get(generate, True):
-            record = self._run_vectorised(draws, num, generate)
-            if record is not None:
-                return record
+        """All draws in one run, in the first way that gives what single runs give; else single runs."""
+        ways = self._ways[generate]
+        while ways:
+            try:
+                record = ways[0](draws, num, generate)
+                if generate in self._agreed or self._agrees(record, draws, num, generate):
+                    self._agreed.add(generate)
+                    return record
+            except Exception:  # the model's own code on unusual shapes: any error means "does not vectorise"
+                pass
+            ways.pop(0)
+            self._agreed.discard(generate)
         return _join([self._single(draws, i, generate) for i in range(num)], torch.stack)
 
     def _single(self, draws: Mapping[str, Tensor], index: int, generate: bool) -> Record:
-        return self._read(self._trace({name: value[index] for name, value in draws.items()}, generate))
+        return self._read(self.trace({name: value[index] for name, value in draws.items()}, generate))
 
-    def _run_vectorised(self, draws: Mapping[str, Tensor], num: int, generate: bool) -> Record | None:
-        """All draws in one run, if that gives what single runs give; None, from then on, if it does not."""
-        try:
-            record = self._read(self._trace(self._lay_out(draws, num), generate, num), num)
-        except Exception:  # the model's own code on unusual shapes: any error means "does not vectorise"
-            record = None
-        if generate not in self._vectorises or record is None:
-            self._vectorises[generate] = record is not None and self._agrees(record, draws, num, generate)
-        return record if self._vectorises[generate] else None
+    def _in_a_plate(self, draws: Mapping[str, Tensor], num: int, generate: bool) -> Record:
+        """The draws as one more plate, left of all: what programs of elementwise operations take."""
+        return self._read(self.trace(self._lay_out(draws, num), generate, num), num)
+
+    def _in_a_map(self, draws: Mapping[str, Tensor], num: int, generate: bool) -> Record:
+        """The draws through `torch.func.vmap`, which the program does not see: it may index its latents."""
+
+        def one(index: Tensor, values: dict[str, Tensor]) -> tuple:
+            record = self._read(self.trace(values, generate))
+            return record.values, record.log_probs, record.joint, record.undefined
+
+        return Record(*vmap(one)(torch.arange(num), dict(draws)))
 
     def _agrees(self, record: Record, draws: Mapping[str, Tensor], num: int, generate: bool) -> bool:
         """Whether single runs at some of the draws, given all that was drawn, give the same."""
@@ -147,19 +165,24 @@ class ModelRuns:
                 single = self._single(given, i, generate)
             pairs = [(record.log_probs[name][i], single.log_probs[name]) for name in single.log_probs]
             pairs += [(record.values[name][i], single.values[name]) for name in single.values]
-            if not all(_close(one, other) for one, other in [*pairs, (record.joint[i], single.joint)]):
+            if not all(_close(one, other) for one, other in pairs):
                 return False
         return True
 
-    def _trace(
+    def trace(
         self,
         values: Mapping[str, Tensor],
-        generate: bool,
+        generate: bool = False,
         num: int | None = None,
         choose: Callable[[str, Any], Tensor] = _draw,
+        enumerated: Collection[str] = (),
     ) -> poutine.Trace:
+        """One run at these values; with `num`, inside a plate of draws; with `enumerated`, at every state of
+        these sites, each on a dim of its own.
+        """
+
         def model(*args: Any, **kwargs: Any) -> Any:
-            with _Generate(self.names("observed") if generate else ()):
+            with self._handlers(generate, enumerated):
                 if num is None:
                     return self.model(*args, **kwargs)
                 with pyro.plate("_pyro_blr_draws", num, dim=-self._rank - 1):
@@ -170,6 +193,16 @@ class ModelRuns:
 
         with torch.no_grad(), pyro.validation_enabled(False):
             return run_model(model, self.args, self.kwargs, value_of, self.subsamples)
+
+    @contextlib.contextmanager
+    def _handlers(self, generate: bool, enumerated: Collection[str]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if enumerated:
+                stack.enter_context(AllStates(first_available_dim=-self._rank - 1))
+                stack.enter_context(Enumerated(enumerated))
+            if generate:
+                stack.enter_context(Generated(self.names("observed")))
+            yield
 
     @cached_property
     def _rank(self) -> int:
@@ -202,29 +235,16 @@ class ModelRuns:
         if statement.kind == "derived":
             return
         log_prob, mask = log_density(node)
-        if bool((log_prob.isnan() & mask).any()):
-            record.undefined.add(name)
+        record.undefined[name] = (log_prob.isnan() & mask).any()
         contribution = torch.where(mask, log_prob, 0.0) * node["scale"]
         log_prob = torch.where(mask, log_prob, torch.nan)
         if num is None:
-            record.joint = record.joint + contribution.sum()
+            record.joint = record.joint + contribution.sum(dtype=torch.float64)
         else:
             log_prob = _draws_first(log_prob, num, statement.batch_shape)
             contribution = _draws_first(contribution, num, statement.batch_shape)
-            record.joint = record.joint + contribution.reshape(num, -1).sum(-1)
+            record.joint = record.joint + contribution.reshape(num, -1).sum(-1, dtype=torch.float64)
         record.log_probs[name] = log_prob
-
-
-class _Generate(Messenger):
-    """Draws the named statements from their distributions although the model observes them."""
-
-    def __init__(self, names: Iterable[str]):
-        super().__init__()
-        self.names = frozenset(names)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names:
-            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 def _draws_first(value: Tensor, num: int, shape: torch.Size) -> Tensor:
@@ -239,8 +259,8 @@ def _join(records: list[Record], join: Callable[[list[Tensor]], Tensor]) -> Reco
         result.values[name] = _joined(name, [record.values.get(name) for record in records], join)
     for name in records[0].log_probs:
         result.log_probs[name] = _joined(name, [record.log_probs.get(name) for record in records], join)
-    for record in records:
-        result.undefined |= record.undefined
+    for name in records[0].undefined:
+        result.undefined[name] = torch.stack([record.undefined[name].any() for record in records])
     return result
 
 

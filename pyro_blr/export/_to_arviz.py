@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ._arviz import Variable, build
-from ._groups import Fitted, Groups, model_groups, posterior_groups
+from ._fitted import Fitted
+from ._groups import Groups, model_groups, posterior_groups, weight_groups
 from ._runs import ModelRuns
 
 __all__ = ["to_arviz"]
@@ -46,8 +47,10 @@ def to_arviz(
     - `prior`, `prior_predictive`: as many draws of the model, if `prior=True`.
     - `observed_data` (NaN where masked); `constant_data`, the other arrays among the model's arguments.
     - `sample_stats`: `lp`, the joint log density scaled as in the ELBO, and `lq`, log q; mean(lp - lq)
-      estimates the ELBO, and `az.loo_approximate_posterior` asks for both.
-    - `variational`: `elbo_trace`, `elbo`, its kind and error, `num_steps`, `converged`, `stop_reason`.
+      estimates the ELBO, and `az.loo_approximate_posterior` asks for both.  `log_ratio`, log p - log q with
+      finite discrete sites summed out, and `log_weight`, the same Pareto-smoothed and normalised.
+    - `variational`: `elbo_trace`, `elbo`, its kind and error, `num_steps`, `converged`, `stop_reason`; from the
+      weights `khat`, `log_evidence` and its error, `importance_ess`, and `khat_note`, why they are NaN.
 
     Several posteriors (independent restarts) are chains; draws of one q are one chain, never split.  The
     model runs as it is given, on `model`, `args` and `kwargs` or else on those of the fit: a subsampled
@@ -86,8 +89,11 @@ def _chain(
             )
             return groups
         runs = ModelRuns(model, *arguments, subsamples=subsamples, parallel=parallel)
-        for group, variables in model_groups(runs, draws, num, **wanted).items():
-            groups.setdefault(group, {}).update(variables)
+        of_model = model_groups(runs, draws, num, **wanted)
+        joint = torch.from_numpy(of_model["sample_stats"]["lp"].values[0])
+        for found in (of_model, weight_groups(posterior, runs, draws, joint)):
+            for group, variables in found.items():
+                groups.setdefault(group, {}).update(variables)
     return groups
 
 

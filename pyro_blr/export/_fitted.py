@@ -1,0 +1,39 @@
+"""What an export reads of a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pyro_blr.blocks import Block
+
+__all__ = ["Fitted"]
+
+
+class Fitted(Protocol):
+    """What an export needs of a posterior."""
+
+    @property
+    def blocks(self) -> Mapping[str, Block]: ...
+    @property
+    def natural(self) -> Mapping[str, Tensor]: ...
+    @property
+    def model(self) -> Callable | None: ...
+    @property
+    def args(self) -> Sequence[Any]: ...
+    @property
+    def kwargs(self) -> Mapping[str, Any]: ...
+    @property
+    def history(self) -> Sequence[float]: ...
+    @property
+    def elbo(self) -> float: ...
+    @property
+    def converged(self) -> bool: ...
+    @property
+    def stop_reason(self) -> str: ...
+    @property
+    def num_steps(self) -> int: ...
+    def sample(self, shape: Any) -> dict[str, Tensor]: ...
+    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor: ...
