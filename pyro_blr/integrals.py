@@ -14,10 +14,11 @@ from pyro_blr.blocks import Block
 from pyro_blr.cuts import above, below, refs_of, transform_of, wide
 from pyro_blr.expressions import Ref
 from pyro_blr.families import LogNormal
-from pyro_blr.graph import FactorGraph, broadcast_shape
+from pyro_blr.graph import FactorGraph
 from pyro_blr.maps import compiled
 from pyro_blr.plans import Argument, FactorPlan
 from pyro_blr.quadrature import Integrals, gaussian_expectation, gaussian_integrals
+from pyro_blr.shapes import broadcast_shape
 
 __all__ = ["FactorIntegral", "log_jacobian"]
 
@@ -174,6 +175,6 @@ class _Rows:
         return values[turn, :, rows].T
 
     def _all(self, points: Tensor) -> Tensor:
-        return self.integral.table(
-            points.reshape(points.shape[0], *self.shape, points.shape[-1]), self.env, self.mask
-        ).flatten(1)
+        count, k = points.shape[0], points.shape[-1]
+        found = self.integral.table(points.reshape(count, *self.shape, k), self.env, self.mask)
+        return found.reshape(count, -1)

@@ -20,12 +20,13 @@ from pyro_blr.cuts import Moved, Sum, above, below, refs_of, transform_of, wide
 from pyro_blr.expressions import Latent, Recorded, Recording, Ref, refs_in
 from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.forms import UNUSABLE, mixed_dims
-from pyro_blr.graph import Factor, FactorGraph, broadcast_shape
+from pyro_blr.graph import Factor, FactorGraph
 from pyro_blr.kinds import Form, Sort, kind_of
 from pyro_blr.likelihoods import Linear
 from pyro_blr.plans import Argument, Cut, FactorPlan, Predictor, Verdict
 from pyro_blr.probe import Probe, close
 from pyro_blr.running import isolated_random_state
+from pyro_blr.shapes import broadcast_shape
 
 __all__ = ["with_quadrature"]
 
