@@ -13,7 +13,7 @@ from pyro_blr.checks import ImproperPosteriorError, check_natural
 from pyro_blr.draws import Draws
 from pyro_blr.estimators import standard_error
 from pyro_blr.program import Program
-from pyro_blr.rules import BLR
+from pyro_blr.rules import BLR, gap
 from pyro_blr.targets import Targets
 
 __all__ = ["Ascent"]
@@ -29,6 +29,7 @@ class Ascent:
         self.targets = Targets(program.messages, program.orders)
         self._bound: float | None = None
         self.bound_se = 0.0
+        self.astray = 0.0  # nats between λ and targets outside the domain, since it was last set to zero
         self.last = list(last)  # updated last in a sweep: blocks whose start is given
 
     @property
@@ -121,6 +122,10 @@ class Ascent:
                 f"site {' and '.join(map(repr, block.site_names))}: found NaN or infinite messages from draws, expected finite ones. "
                 "Check that the model's log density is finite at the draws of q (init, init_loc_fn), and its gradient too"
             )
+        outside = ~block.family.contains(target)
+        if bool(outside.any()):  # the step is bent, and its length says nothing about the distance
+            nats = gap(block.family, self.beliefs.naturals[name], target)[outside]
+            self.astray += block.scale * float(nats.sum(dtype=torch.float64))
         self.beliefs.update(name, self.rule.step(block.family, self.beliefs.naturals[name], target, rate))
 
     def refuse_improper(self, seed: int, size: int, settled: bool) -> None:

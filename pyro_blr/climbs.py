@@ -17,14 +17,16 @@ from pyro_blr.blocks import is_gaussian
 from pyro_blr.checks import ImproperPosteriorError
 from pyro_blr.draws import Draws
 from pyro_blr.estimators import standard_error
+from pyro_blr.tails import refuse_flat_tails
 
 __all__ = ["Climb", "climb", "guarded_sweep", "newton_start"]
 
 _HALVINGS = 20
-_NEWTON_STEPS = 30
+_NEWTON_STEPS = 60
 _NEWTON_ROUNDS = 3
 _NEAR = 1e-3  # nats that the last of them gains
 _NEAR_ENOUGH = 0.1  # the same where the steps after them are as good, and without noise
+_STUCK = 1e-2  # a step that covers so little of the way to its targets has met a fixed point of the retraction
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def newton_start(ascent: Ascent) -> None:
     E_q of an exponential under a vague prior overflows; at the mean it does not.
     """
     messages = ascent.program.messages
+    refuse_flat_tails(ascent)
     sampled = [n for n in ascent.order if not messages.is_exact(n) and is_gaussian(ascent.program.blocks[n].family)]
     if not sampled:
         return
@@ -65,6 +68,7 @@ def _newton(ascent: Ascent, name: str) -> None:
     """
     height = _height(ascent, name)
     enough = _NEAR if ascent.program.messages.sampled_factors(name) else _NEAR_ENOUGH
+    nudged = False
     for _ in range(_NEWTON_STEPS):
         start = ascent.beliefs
         try:
@@ -77,6 +81,11 @@ def _newton(ascent: Ascent, name: str) -> None:
         ascent.beliefs = whole
         ascent.move(name, target, 1.0)
         here, there = start.wide[name]["mean"], whole.wide[name]["mean"]
+        if not nudged and _is_saddle(ascent, name, target, here, there):
+            nudged, ascent.beliefs = True, start.copy()
+            ascent.beliefs.update(name, ascent.targets.with_mean(name, whole, here + _spread(whole, name)))
+            height = _height(ascent, name)
+            continue
         for halvings in range(_HALVINGS):
             ascent.beliefs = whole.copy()
             if halvings:
@@ -94,9 +103,37 @@ def _newton(ascent: Ascent, name: str) -> None:
         height = reached
 
 
+def _is_saddle(ascent: Ascent, name: str, target: Tensor, here: Tensor, there: Tensor) -> bool:
+    """Whether the mean stays where the log density is not concave: between modes, by symmetry."""
+    spread = there.abs().clamp_min(1e-6)
+    outside = not bool(ascent.program.blocks[name].family.contains(target).all())
+    return outside and bool(((there - here).abs() <= 1e-6 * spread).all())
+
+
+def _spread(beliefs: Beliefs, name: str) -> Tensor:
+    """Noise of about a standard deviation, one at most, from torch's generator."""
+    moments = beliefs.wide[name]
+    wide = moments["covariance"].diagonal(dim1=-2, dim2=-1) if "covariance" in moments else moments["variance"]
+    return wide.clamp(max=1.0).sqrt() * torch.randn(wide.shape, dtype=wide.dtype).to(wide.device)
+
+
 def _height(ascent: Ascent, name: str) -> float:
     value = ascent.targets.at_mean(name, ascent.beliefs)
     return value if not math.isnan(value) else -math.inf
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The bound's estimates after a sweep, the Σ_i s_i KL of a full step, and the nats to targets outside the domain.
+
+    The retraction of a Gaussian's precision S to Ŝ has a fixed point at Ŝ = (1 − 2/ρ) S besides the one at Ŝ = S: where the
+    steps vanish and the targets stay away, another ρ moves on.
+    """
+
+    values: Tensor
+    distance: float
+    astray: float
+    rate: float
 
 
 def climb(ascent: Ascent, draws: Draws | None, tol: float, limit: int, tick: Callable[[float], bool]) -> Climb:
@@ -113,7 +150,8 @@ def climb(ascent: Ascent, draws: Draws | None, tol: float, limit: int, tick: Cal
         moved = guarded_sweep(ascent, draws, rate, values)
         if moved is None:
             return Climb(remaining < 10 * tol, min(first, remaining), remaining)
-        values, distance, rate = moved
+        values, rate = moved.values, moved.rate
+        distance = max(moved.distance, moved.astray)
         remaining = distance * extrapolation(previous, distance)
         first = distance if number == 0 else first
         more = tick(float(values.mean()))
@@ -124,6 +162,8 @@ def climb(ascent: Ascent, draws: Draws | None, tol: float, limit: int, tick: Cal
         step = _Step.between(start, ascent.beliefs, rate)
         overlap = step.overlap(last) if last is not None else 1.0
         ceiling = max(rate / (1 - overlap), 1 / 64) if overlap < -0.2 else min(1.0, 1.2 * ceiling)
+        if moved.distance < _STUCK * moved.astray:
+            ceiling = rate / 2
         previous, last, rate = distance, step, min(ceiling, 2 * rate)
     return Climb(False, first, remaining)
 
@@ -168,13 +208,11 @@ def extrapolation(previous: float, distance: float) -> float:
 
 def guarded_sweep(
     ascent: Ascent, draws: Draws | None, rate: float, before: Tensor | None, names: list[str] | None = None
-) -> tuple[Tensor, float, float] | None:
-    """A sweep at the rate, halved while the bound falls: (the bound's estimates, Σ_i s_i KL a full step, the
-    rate); None where none holds.
-    """
+) -> Sweep | None:
+    """A sweep at the rate, halved while the bound falls; None where none holds."""
     start = ascent.beliefs
     for _ in range(_HALVINGS):
-        ascent.beliefs = start.copy()
+        ascent.beliefs, ascent.astray = start.copy(), 0.0
         try:
             _sweep(ascent, names, draws, rate)
             after = ascent.finite_estimates(draws)
@@ -183,7 +221,7 @@ def guarded_sweep(
                 raise
             after = None
         if after is not None and (before is None or _holds(before, after)):
-            return after, moved_nats(ascent, start) / rate**2, rate
+            return Sweep(after, moved_nats(ascent, start) / rate**2, ascent.astray, rate)
         rate *= 0.5
     ascent.beliefs = start
     return None

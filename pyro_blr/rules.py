@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_blr.families import ExponentialFamily
 
-__all__ = ["BLR", "Passes", "RobbinsMonro"]
+__all__ = ["BLR", "Passes", "RobbinsMonro", "gap"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class BLR:
             if bool(inside.all()):
                 return target
         return family.retract(natural, rate * (target - natural))
+
+
+def gap(family: ExponentialFamily, natural: Tensor, target: Tensor) -> Tensor:
+    """½ ⟨λ̂ − λ, F(λ) (λ̂ − λ)⟩, nats: the KL divergence of the straight step, to second order; shape (*batch)."""
+    direction = target - natural
+    change = torch.func.jvp(family.to_expectation, (natural,), (direction,))[1]
+    return 0.5 * (direction * change).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ LAYERS = [
     "draws",
     "targets",
     "ascent",
+    "tails",
     "climbs",
     "steps",
     # What a method of Posterior or of the engine is made of stands below it, and is told what it needs.
