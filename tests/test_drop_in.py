@@ -185,7 +185,10 @@ def test_lda_with_subsampled_documents() -> None:
                 probs = Vindex(topic_words)[..., word_topics, :]
                 pyro.sample("doc_words", dist.Categorical(probs), obs=words[:, index])
 
-    svi = script(model, words, steps=20, optim=ClippedAdam({"lr": 0.01}), loss=TraceEnum_ELBO(max_plate_nesting=2))
+    # About one start in three ends in another maximum of the bound, whatever the version of torch makes of the seed.
+    optim, loss = ClippedAdam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=2)
+    starts = [script(model, words, steps=20, optim=optim, loss=loss) for _ in range(4)]
+    svi = min(starts, key=lambda start: sum(start.evaluate_loss(words) for _ in range(5)))
     found = svi.posterior["topic_words"].mean
     found = found if found[0, 0] > found[1, 0] else found.flip(0)
     assert float((found - topics).abs().max()) < 0.12
