@@ -12,7 +12,6 @@ from torch import Tensor
 from pyro_blr.diagnostics import (
     FEWEST_DRAWS,
     GOOD,
-    POOR,
     Facts,
     LinearResponse,
     ParetoSmoothed,
@@ -121,7 +120,7 @@ def summary(
         except ValueError as error:
             unavailable = str(error)
         table, sizes = _table(posterior, draws, names)
-    if weighed is not None and GOOD <= weighed.khat < POOR:
+    if weighed is not None and GOOD <= weighed.khat and weighed.is_trusted:
         table["mean_is"] = _column(names, weighed, weighed.mean)
         table["sd_is"] = _column(names, weighed, weighed.stddev)
     response, notes = _response(posterior)
@@ -134,6 +133,7 @@ def summary(
         posterior.elbo,
         posterior.elbo_se or 0.0,
         weighed.khat if weighed is not None else float("nan"),
+        weighed.most_error if weighed is not None else float("inf"),
         unavailable,
         [name if not block.elements else f"the elements of {name}" for name, block in posterior.blocks.items()],
         posterior.restarts,

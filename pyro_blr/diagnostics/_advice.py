@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._psis import GOOD, POOR
+from ._psis import GOOD, NEGLIGIBLE, POOR
 
 __all__ = ["Facts", "Restart", "warnings_about"]
 
@@ -39,6 +39,7 @@ class Facts:
     elbo: float
     elbo_se: float
     khat: float
+    most_error: float = math.inf
     unavailable: str = ""
     factors: Sequence[str] = ()
     restarts: Sequence[Restart] = ()
@@ -74,6 +75,8 @@ def _of_the_run(facts: Facts) -> list[str]:
 def _of_the_weights(facts: Facts) -> list[str]:
     if math.isnan(facts.khat):
         return [f"No k-hat, so nothing says how close q is: {facts.unavailable}"] if facts.unavailable else []
+    if facts.most_error < NEGLIGIBLE:
+        return []
     if facts.khat >= POOR:
         steps = []
         if len(facts.factors) > 1 or any(" " in name for name in facts.factors):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 __all__ = ["FEWEST_DRAWS", "GOOD", "POOR", "ParetoSmoothed", "pareto_smoothed"]
 
+NEGLIGIBLE = 0.1  # sd: an error of every mean that needs no correction
+
 FEWEST_DRAWS = 100  # below, fewer than twenty weights in the tail that is fitted
 GOOD, POOR = 0.5, 0.7  # Vehtari et al. 2024, section 3.2.4; Yao et al. 2018, section 3.1
 
@@ -53,6 +55,18 @@ class ParetoSmoothed:
     def ess(self) -> float:
         """Effective sample size of the weighted draws."""
         return float(1 / self.weights.square().sum())
+
+    @property
+    def most_error(self) -> float:
+        """√(S / ESS − 1), an estimate of √Var_q(w): by the Cauchy-Schwarz inequality no mean is off by more
+        standard deviations (of q), as far as the draws can tell.
+        """
+        return math.sqrt(max(self.num_samples / self.ess - 1, 0.0))
+
+    @property
+    def is_trusted(self) -> bool:
+        """k̂ < 0.7, or weights so nearly equal that their tail does not matter."""
+        return self.khat < POOR or self.most_error < NEGLIGIBLE
 
     @property
     def log_evidence(self) -> float:
@@ -98,9 +112,13 @@ class ParetoSmoothed:
         """What there is to say, in words."""
         kind = f" ({self.elbo_kind})" if self.elbo_kind else ""
         error = f" ± {self.elbo_se:.2g}" if self.elbo_se else ""
-        result = [f"Pareto k-hat {_khat_in_words(self.khat)}; {self.ess:.0f} of {self.num_samples} draws effective"]
+        words = _khat_in_words(self.khat)
+        if self.khat >= GOOD and self.most_error < NEGLIGIBLE:
+            off = f"no mean is off by more than {self.most_error:.1g} sd"
+            words = f"{self.khat:.2f} (of weights that are nearly equal: {off})"
+        result = [f"Pareto k-hat {words}; {self.ess:.0f} of {self.num_samples} draws effective"]
         result.append(f"log evidence {self.log_evidence:.6g} ± {self.log_evidence_se:.2g}")
-        result[-1] += "" if self.khat < POOR else ", not to be trusted at this k-hat"
+        result[-1] += "" if self.is_trusted else ", not to be trusted at this k-hat"
         if not math.isnan(self.elbo):
             result.append(
                 f"bound {self.elbo:.6g}{error}{kind}; log evidence - bound = {self.log_evidence - self.elbo:.2g}"

@@ -81,7 +81,7 @@ def _refuse(posterior: Fitted, runs: ModelRuns) -> None:
             f"the model sees a part of the data (plates {subsampled} are subsampled), and importance weights take all of them; "
             "pass model= and args= that do not subsample"
         )
-    copies = [name for name, block in posterior.blocks.items() if block.copies is not None]
+    copies = sorted(statement.name for statement in runs.statements.values() if statement.is_several)
     if copies:
         raise ValueError(
             f"sites {copies} stand for several exchangeable copies each, at which the model has no joint density to compare; "

@@ -19,13 +19,16 @@ __all__ = ["Statement", "log_density"]
 
 @dataclass(frozen=True)
 class Statement:
-    """A `sample` statement: its kind ("latent", "observed", "derived", "factor") and where it stands."""
+    """A `sample` statement: its kind ("latent", "observed", "derived", "factor"), where it stands, and whether it
+    stands for several exchangeable copies (`infer={"blr": {"copies": ...}}`).
+    """
 
     name: str
     kind: str
     plates: tuple[Plate, ...]
     shape: torch.Size
     batch_shape: torch.Size
+    is_several: bool = False
 
     def select(self, value: Tensor, subsamples: Mapping[str, Tensor]) -> Tensor:
         """Of a value (draws, *full plates, *event) the elements that are in the run."""
@@ -48,7 +51,8 @@ class Statement:
         if node["infer"].get("_deterministic") or isinstance(base, dist.Delta):
             return cls(name, "derived", tuple(plates), value.shape, _batch_of(value.shape, plates))
         kind = "factor" if isinstance(base, dist.Unit) else "observed" if node["is_observed"] else "latent"
-        return cls(name, kind, tuple(plates), value.shape, log_density(node)[0].shape)
+        is_several = node["infer"].get("blr", {}).get("copies") is not None
+        return cls(name, kind, tuple(plates), value.shape, log_density(node)[0].shape, is_several)
 
 
 def _batch_of(shape: torch.Size, plates: Sequence[Plate]) -> torch.Size:
