@@ -23,7 +23,7 @@ from pyro_blr.predictors import with_quadrature
 __all__ = ["Grouping", "blocks_of", "choose_groups"]
 
 MOST = {"affine": 2000, "quadrature": 500, "draws": 200}  # dimensions of a dense block, by its costliest common factor
-_SLACK = 100  # dimensions that a site whose event is larger than that may be joined by
+_SLACK = 1.1  # how many times its own event a large site's block may have, however large
 _NUMBERS = 2000**2  # numbers in the covariances of a block in plates
 _ROUNDS = 10  # of grouping, analysing, and taking back what was no longer exact
 
@@ -192,7 +192,7 @@ class _Search:
         names = " and ".join(site.name for site in sites) if len(group) < 6 else f"{len(group)} sites"
         if not keeps and any(p.subsample_size != p.size for site in sites for p in site.plates):
             return f"{names} are in different plates, one of them subsampled: kept apart"
-        if size > MOST[kind] and size > own + _SLACK:
+        if size > MOST[kind] and size > _SLACK * own:
             how = "" if kind == "affine" else f" for factors averaged by {kind}"
             return f"a joint block of {names} would have {size:,} dimensions, beyond {MOST[kind]:,}{how}: kept apart"
         batch = sites[0].batch_shape.numel() if keeps else 1

@@ -25,12 +25,20 @@ def lowered(function: Callable[..., Any], example: Sequence[Tensor]) -> Callable
     """
     module = make_fx(function)(*example)
     fx.passes.shape_prop.ShapeProp(module).propagate(*example)
+    _view_any_strides(module)
     _remove_identities(module)
     _fold_constants(module)
     _merge_equal(module)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _view_any_strides(module: fx.GraphModule) -> None:
+    """A view of a copy becomes a reshape: copies are removed, and with them the strides that they made."""
+    for node in module.graph.nodes:
+        if node.target in (_aten.view.default, _aten._unsafe_view.default):
+            node.target = _aten.reshape.default
 
 
 def _remove_identities(module: fx.GraphModule) -> None:
