@@ -24,6 +24,8 @@ __all__ = ["Climb", "climb", "guarded_sweep", "newton_start"]
 _HALVINGS = 20
 _NEWTON_STEPS = 60
 _NEWTON_ROUNDS = 3
+_RUNAWAY_STEPS = 20  # and _RUNAWAY_NATS: how long and how far a search must have gone to be called endless
+_RUNAWAY_NATS = 1e6
 _NEAR = 1e-3  # nats that the last of them gains
 _NEAR_ENOUGH = 0.1  # the same where the steps after them are as good, and without noise
 _STUCK = 1e-2  # a step that covers so little of the way to its targets has met a fixed point of the retraction
@@ -68,7 +70,7 @@ def _newton(ascent: Ascent, name: str) -> None:
     """
     height = _height(ascent, name)
     enough = _NEAR if ascent.program.messages.sampled_factors(name) else _NEAR_ENOUGH
-    nudged = False
+    nudged, heights = False, [height]
     for _ in range(_NEWTON_STEPS):
         start = ascent.beliefs
         try:
@@ -97,10 +99,25 @@ def _newton(ascent: Ascent, name: str) -> None:
                 break
         else:
             ascent.beliefs = start
-            return
+            break
         if abs(reached - height) < enough and not halvings:
             return
         height = reached
+        heights.append(reached)
+    _refuse_runaway(ascent, name, heights)
+
+
+def _refuse_runaway(ascent: Ascent, name: str, heights: list[float]) -> None:
+    """Raises where many steps have gained more and more: a search that comes to a mode gains less and less."""
+    if len(heights) <= _RUNAWAY_STEPS:
+        return
+    rise, last = heights[-1] - heights[0], heights[-1] - heights[-2]
+    if rise > _RUNAWAY_NATS and last > 0.1 * rise:
+        sites = " and ".join(map(repr, ascent.program.blocks[name].site_names))
+        raise ImproperPosteriorError(
+            f"site {sites}: found a log density that rose by {rise:.2g} nats in {len(heights)} steps, faster and faster, expected a mode. "
+            "Give the site a prior that falls faster than its other factors rise, or data that determine it"
+        )
 
 
 def _is_saddle(ascent: Ascent, name: str, target: Tensor, here: Tensor, there: Tensor) -> bool:

@@ -133,6 +133,7 @@ class Run:
             self._stop(f"the remaining distance to the optimum of the bound is below {tol:g} nats")
         elif self.num_steps < self.max_steps:
             self.stop_reason = f"the steps did not settle: {climbed.last:.2g} nats apart, expected {tol:g}"
+            self.ascent.refuse_improper(0, 0, settled=False)
         self.ascent.bound_before()
 
     # -- sampled ---------------------------------------------------------------------------------------------
