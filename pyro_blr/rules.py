@@ -50,14 +50,15 @@ class RobbinsMonro:
 
 @dataclass(frozen=True)
 class Passes:
-    """ρ_t = (t + 1)^−½ during the first pass over the data, of T steps, and T^½ / (t + 1) after it.
+    """ρ_t = (t + 1)^−κ during the first pass over the data, of T steps, and T^(1 − κ) / (t + 1) after it; κ = 0.4.
 
-    Quick while λ is far, then the rate of an average, as small after any number of passes as the noise of a
-    minibatch needs: on mixtures and topic models, over five passes, it beat (t + 1)^−κ for κ from 0.5 to 0.9.
+    Quick while λ is far; then the rate of an average over all later steps, as small after any number of passes as
+    the noise of a minibatch needs.
     """
 
     steps: float
+    decay: float = 0.4
 
     def rate(self, step: int) -> float:
         """The rate of step 0, 1, 2, …"""
-        return (step + 1) ** -0.5 if step < self.steps else self.steps**0.5 / (step + 1)
+        return (step + 1) ** -self.decay if step < self.steps else self.steps ** (1 - self.decay) / (step + 1)

@@ -15,9 +15,10 @@ __all__ = ["take_step"]
 
 NUM_DRAWS = 32
 LOCAL_SWEEPS = 50  # sweeps over local blocks at most, before a global step on a minibatch
-INNER_STEPS = 10  # times that a step on a minibatch looks for its own end
+INNER_STEPS = 100  # times at most that a step on a minibatch looks for its own end
 INNER_LOCAL_SWEEPS = 3  # sweeps over several local blocks each time
 INNER_TOLERANCE = 1e-3  # relative change of λ below which it has found it
+FIRST_TOLERANCE = 1e-4  # the same in the first step, which leaves the start: near a saddle λ moves slowly
 FULL_STEPS = 5  # steps at ρ = 1 before the rate shrinks, on full data
 
 schedule = RobbinsMonro(delay=1.0, decay=0.6)
@@ -36,16 +37,13 @@ def take_step(ascent: Ascent, number: int) -> None:
     if program.is_subsampled:
         _optimise_locals(ascent, local, draws)
         rate = Passes(_steps_of_a_pass(program)).rate(number)
-        if program.is_exact and number > 0:
-            _implicit_step(ascent, local, rate)
+        if program.is_exact:
+            _implicit_step(ascent, local, rate, INNER_TOLERANCE if number > 0 else FIRST_TOLERANCE)
             return
     else:
-        rate = 1.0 if number < FULL_STEPS else schedule.rate(number - FULL_STEPS + 1)
+        rate = 1.0 if draws is None or number < FULL_STEPS else schedule.rate(number - FULL_STEPS + 1)
     names = [name for name in ascent.order if name not in local]
-    if program.is_exact:
-        ascent.sweep(names, None, rate)
-    else:
-        guarded_sweep(ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names)
+    guarded_sweep(ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names)
 
 
 def _steps_of_a_pass(program: Program) -> float:
@@ -69,11 +67,11 @@ def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> N
         previous = bound
 
 
-def _implicit_step(ascent: Ascent, local: list[str], rate: float) -> None:
+def _implicit_step(ascent: Ascent, local: list[str], rate: float, tolerance: float) -> None:
     """λ ← (1 − ρ) λ_t + ρ λ̂(λ), the target taken where the step ends, locals at their optimum there too.
 
     Block by block it is the maximum of the minibatch's bound − (1/ρ − 1) KL(q_λ ‖ q_λt) (Theis and Hoffman
-    2015, eq. 8).
+    2015, eq. 8); the first step, ρ = 1, is the optimum on the first minibatch alone.
 
     It sees each datum as often as the plain step, and gains several times as much from it.
     """
@@ -90,6 +88,6 @@ def _implicit_step(ascent: Ascent, local: list[str], rate: float) -> None:
             check_natural(ascent.program.blocks[name], target)
             moved = ascent.rule.step(ascent.program.blocks[name].family, before[name], target, rate)
             ascent.beliefs.update(name, moved)
-            settled = settled and bool((moved - last).norm() <= INNER_TOLERANCE * last.norm())
+            settled = settled and bool((moved - last).norm() <= tolerance * last.norm())
         if settled:
             return
