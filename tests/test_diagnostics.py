@@ -131,12 +131,34 @@ def test_a_few_infinite_ratios_are_weight_zero_and_nan_is_refused() -> None:
 
 def test_a_heavy_tail_of_nearly_equal_weights_does_not_matter() -> None:
     """k̂ is blind to scale; the Cauchy-Schwarz inequality is not: |E_p h - E_q h| <= sd_q(h) √Var_q(w)."""
-    ratios = 1e-2 * torch.from_numpy(np.random.default_rng(0).standard_t(1.5, size=2000)).clamp(-0.5, 0.5)
+    ratios = 1e-2 * torch.from_numpy(np.random.default_rng(0).standard_t(2.0, size=2000))
     weights, khat = pareto_smoothed(ratios)
     found = ParetoSmoothed(khat, ratios, weights, {"z": torch.randn(2000)})
     assert khat > 0.5 and found.most_error < 0.1 and found.is_trusted
     assert "nearly equal" in str(found)
     assert found.most_error == pytest.approx(float((weights.exp() * 2000).std(correction=0)), rel=1e-6)
+
+
+def test_largest_weights_that_are_equal_have_no_tail() -> None:
+    """Of discrete sites there are few different weights."""
+    ratios = torch.where(torch.rand(1000) < 0.4, 0.0, -1.0)
+    weights, khat = pareto_smoothed(ratios)
+    assert khat == -math.inf
+    torch.testing.assert_close(weights.exp(), ratios.exp() / ratios.exp().sum())
+    assert "the largest weights are equal" in str(ParetoSmoothed(khat, ratios, weights, {}))
+
+
+def test_of_discrete_sites_alone_the_weights_are_joint() -> None:
+    def model(y: Tensor) -> None:
+        with pyro.plate("coins", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(z.sum(), 0.5), obs=y[0])
+
+    found = BLRInference(model, blocks="sites").run(Y, progress=False).psis(2000)
+    assert found.summed_out == ()
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)))
+    exact = dist.Normal(states.sum(-1), 0.5).log_prob(Y[0]).exp().mean().log()
+    assert abs(found.log_evidence - float(exact)) < 4 * found.log_evidence_se + 1e-6
 
 
 def test_the_same_seed_gives_the_same_weights_and_draws_come_from_torch() -> None:

@@ -24,8 +24,8 @@ class ParetoSmoothed:
 
     k̂ < 0.5: q is close to the posterior.  k̂ < 0.7: close enough that weighted draws correct it (`mean`,
     `stddev`, `resample`).  Above, neither q nor weights can be trusted (Vehtari et al. 2024, Pareto smoothed
-    importance sampling; Yao et al. 2018, Yes, but did it work?).  −∞: all weights are equal, q is the
-    posterior.
+    importance sampling; Yao et al. 2018, Yes, but did it work?).  −∞: the largest weights are equal; where all
+    are, q is the posterior.
 
     `log_ratios` are log p − log q as they came, `log_weights` smoothed and normalised, both (S,) in float64;
     `draws` maps each site to (S, *shape).  `ess` is 1 / Σ w².  `log_evidence` is the log mean of the smoothed
@@ -112,7 +112,7 @@ class ParetoSmoothed:
         """What there is to say, in words."""
         kind = f" ({self.elbo_kind})" if self.elbo_kind else ""
         error = f" ± {self.elbo_se:.2g}" if self.elbo_se else ""
-        words = _khat_in_words(self.khat)
+        words = _khat_in_words(self.khat, self.most_error)
         if self.khat >= GOOD and self.most_error < NEGLIGIBLE:
             off = f"no mean is off by more than {self.most_error:.1g} sd"
             words = f"{self.khat:.2f} (of weights that are nearly equal: {off})"
@@ -128,11 +128,12 @@ class ParetoSmoothed:
         return [*result, self.note] if self.note else result
 
 
-def _khat_in_words(khat: float) -> str:
+def _khat_in_words(khat: float, most_error: float) -> str:
     if khat == -math.inf:
-        return "-inf (all weights are equal: q is the posterior)"
+        equal = "all weights are equal: q is the posterior" if most_error < 1e-3 else "the largest weights are equal"
+        return f"-inf ({equal})"
     if math.isnan(khat):
-        return "not found: the tail of the weights could not be fitted"
+        return "not found: too few different weights to fit a tail to"
     if khat < GOOD:
         return f"{khat:.2f} (below 0.5: q is close to the posterior)"
     if khat < POOR:
@@ -141,8 +142,10 @@ def _khat_in_words(khat: float) -> str:
 
 
 def pareto_smoothed(log_ratios: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]:
-    """(smoothed normalised log weights (S,), k̂) by ArviZ, of either line; (−log S, −∞) where the ratios differ
-    by no more than `rounding`, which no tail can be fitted to.
+    """(smoothed normalised log weights (S,), k̂) by ArviZ, of either line.
+
+    Where the largest ratios differ by no more than `rounding` there is no tail: nothing is smoothed, k̂ = −∞.
+    k̂ is NaN where ArviZ fits none (too few different weights).
     """
     ratios = log_ratios.detach().double().cpu()
     bad = ~(ratios.isfinite() | (ratios == -math.inf))
@@ -152,10 +155,11 @@ def pareto_smoothed(log_ratios: Tensor, rounding: float = 0.0) -> tuple[Tensor, 
             f"log p(z, x) - log q(z): found {found} at {int(bad.sum()) or len(ratios)} of {len(ratios)} draws, expected numbers. "
             "Check that the model's log density is finite at draws of q"
         )
-    if float(ratios.max() - ratios.min()) <= rounding:
-        return torch.full_like(ratios, -math.log(len(ratios))), -math.inf
+    tail = ratios.topk(math.ceil(min(len(ratios) / 5, 3 * math.sqrt(len(ratios)))) + 1).values
+    if float(tail[0] - tail[-1]) <= rounding:
+        return ratios - ratios.logsumexp(0), -math.inf
     smoothed, khat = _through_arviz(ratios.numpy())
-    return torch.from_numpy(np.array(smoothed, dtype=float)), float(khat)
+    return torch.from_numpy(np.array(smoothed, dtype=float)), float(khat) if khat < math.inf else math.nan
 
 
 def _through_arviz(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
