@@ -139,6 +139,30 @@ def test_without_closed_form_against_differences_of_optima() -> None:
     assert float((found - full).abs().max()) < 0.1 * float(full.abs().max())  # most of what the factors left out
 
 
+def test_from_draws_against_differences_of_optima() -> None:
+    """Three sites that meet in a product inside a sine: no predictor, hence draws, the same for every centre."""
+    x = torch.linspace(-1, 1, 8)
+
+    def model(y: Tensor, center: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(center, 1.0))
+        b = pyro.sample("b", dist.Normal(0.5, 0.5))
+        d = pyro.sample("d", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 8):
+            pyro.sample("y", dist.Normal(torch.sin(a * x * b + d) + a, 0.6), obs=y)
+
+    def optimum(center: float) -> Any:
+        pyro.set_rng_seed(3)
+        return fit(model, Y, torch.tensor(center))
+
+    posterior, step = optimum(0.2), 0.02
+    assert posterior.elbo_kind.startswith("estimate")
+    ends = [optimum(0.2 + step), optimum(0.2 - step)]
+    expected = torch.stack([(ends[0][name].mean - ends[1][name].mean) / (2 * step) for name in "abd"])
+    found = posterior.linear_response().covariance(["a", "b", "d"])[0]
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.003)  # 1024 draws of the derivatives
+    assert found[0] > 3 * posterior["a"].variance
+
+
 def test_a_positive_site_pushed_forward() -> None:
     """E of exp(u) moves with the tilt, too; by differences of the engine's own optima."""
 

@@ -37,8 +37,8 @@ class Coordinates:
         """λ at ξ, differentiable."""
         raise NotImplementedError
 
-    def curvature(self, gradient: Tensor) -> Tensor:
-        """∇²_ξ ⟨m, μ(ξ)⟩ at 0, (*batch, k, k), of the message m with ∇_ξ ⟨m, μ⟩ = `gradient` (*batch, k)."""
+    def own(self, hessian: Tensor, gradient: Tensor) -> Tensor:
+        """∇²_ξ (f − ⟨∇_μ f, μ⟩) at 0, (*batch, k, k), from ∇²_ξ f and ∇_ξ f: what f has of ∇²_μ f in one element."""
         raise NotImplementedError
 
 
@@ -94,15 +94,16 @@ class _Gaussian(Coordinates):
         points = torch.cat([moments["mean"] + steps, moments["mean"] - steps])
         return self.block.family.to_natural(self.block.statistics(points).mean(0))
 
-    def curvature(self, gradient: Tensor) -> Tensor:
-        """2 Lᵀ ∇_V L in the means, nothing elsewhere: ⟨m, μ⟩ = ∇_m · u + tr ∇_V (V + (u − m)(u − m)ᵀ)."""
+    def own(self, hessian: Tensor, gradient: Tensor) -> Tensor:
+        """Nothing in the means: ⟨∇_μ f, μ⟩ has 2 ∇_V f there, which is ∇²_m f (Price), also where f is averaged
+        over draws and the two estimates differ.
+        """
         d = self._event.numel()
-        second = gradient[..., d:]
-        result = gradient.new_zeros(*gradient.shape, gradient.shape[-1])
+        result = hessian.clone()
         if self._root[2]:
-            result[..., :d, :d] = torch.einsum("...k,kij->...ij", second, self._basis)
+            result[..., :d, :d] = 0.0
         else:
-            result[..., :d, :d] = torch.diag_embed(math.sqrt(2) * second)
+            result[..., :d, :d].diagonal(dim1=-2, dim2=-1).zero_()
         return result
 
 
@@ -130,8 +131,8 @@ class _General(Coordinates):
     def at(self, xi: Tensor) -> Tensor:
         return self.natural + (self._white @ xi.unsqueeze(-1)).squeeze(-1)
 
-    def curvature(self, gradient: Tensor) -> Tensor:
-        """Wᵀ ∇² ⟨m, μ(λ)⟩ W with m = W g, since F⁻¹ = W Wᵀ."""
+    def own(self, hessian: Tensor, gradient: Tensor) -> Tensor:
+        """⟨m, μ(λ)⟩ has the Hessian Wᵀ ∇² ⟨m, μ(λ)⟩ W, with m = W g since F⁻¹ = W Wᵀ."""
         white = self._white
         message = (white @ gradient.unsqueeze(-1)).squeeze(-1)
 
@@ -139,8 +140,8 @@ class _General(Coordinates):
             return (self.block.family.to_expectation(natural) * weights).sum()
 
         size = self.natural.shape[-1]
-        hessian = torch.func.vmap(torch.func.hessian(paired))(self.natural.reshape(-1, size), message.reshape(-1, size))
-        return white.mT @ hessian.reshape(*self.natural.shape, size) @ white
+        curved = torch.func.vmap(torch.func.hessian(paired))(self.natural.reshape(-1, size), message.reshape(-1, size))
+        return hessian - white.mT @ curved.reshape(*self.natural.shape, size) @ white
 
 
 def coordinates_of(block: Block, natural: Tensor) -> Coordinates:

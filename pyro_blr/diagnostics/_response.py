@@ -89,17 +89,18 @@ def linear_response(program: Program, naturals: Mapping[str, Tensor]) -> LinearR
         raise ValueError(
             "q is one factor, which leaves no covariance out; use posterior[name] and posterior.joint(names)"
         )
-    own = {name: coordinates_of(block, naturals[name]) for name, block in program.blocks.items()}
-    total = sum(c.natural.shape[:-1].numel() * c.size for c in own.values())
+    parts = {name: coordinates_of(block, naturals[name]) for name, block in program.blocks.items()}
+    total = sum(c.natural.shape[:-1].numel() * c.size for c in parts.values())
     _refuse(program, total)
-    objective = _objective(program, own)
+    objective = _objective(program, parts)
     checked = all(block.dtype == torch.float64 for block in program.blocks.values())
     gradient, hessian = _derivatives(objective, total, program.messages.device, checked)
-    for start, coordinates, piece in _pieces(own, gradient):
-        curvature = coordinates.curvature(piece)
+    for start, coordinates, piece in _pieces(parts, gradient):
         batch, size = piece.shape[:-1].numel(), piece.shape[-1]
         index = start + torch.arange(batch * size, device=hessian.device).reshape(batch, size)
-        hessian[index.unsqueeze(-1), index.unsqueeze(-2)] -= curvature.reshape(batch, size, size)
+        rows, columns = index.unsqueeze(-1), index.unsqueeze(-2)
+        own = coordinates.own(hessian[rows, columns].reshape(*piece.shape, size), piece)
+        hessian[rows, columns] = own.reshape(batch, size, size)
     lack = torch.eye(total, dtype=hessian.dtype, device=hessian.device) - 0.5 * (hessian + hessian.mT)
     lowest = float(torch.linalg.eigvalsh(lack).min()) if total else 1.0
     noise = FLAT if program.is_deterministic else NOISE
@@ -110,7 +111,7 @@ def linear_response(program: Program, naturals: Mapping[str, Tensor]) -> LinearR
         )
     is_saddle = lowest <= -noise
     inverse = lack if is_saddle else torch.cholesky_inverse(torch.linalg.cholesky(lack))
-    jacobians, variances, blocks = _sites(own, total)
+    jacobians, variances, blocks = _sites(parts, total)
     return LinearResponse(is_saddle, inverse, jacobians, variances, blocks)
 
 
