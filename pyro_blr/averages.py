@@ -173,6 +173,7 @@ class FactorAverage:
         weights = torch.as_tensor(plan.factor.scale)
         if plan.factor.mask is not None:
             weights = weights * torch.as_tensor(plan.factor.mask).to(weights)
+        weights = weights.reshape(weights.shape + (1,) * (constructed.reinterpreted if weights.dim() else 0))
         shape = constructed.batch_shape
         found = summarise(self.arguments.expectation(parts["value"], env, moments), loc, precision, shape, weights)
         if found is not None:

@@ -19,6 +19,8 @@ from pyro import poutine
 from soundness import Report, check, check_messages, understood
 from torch import Tensor
 
+from pyro_blr import BLRInference
+
 N = 3
 
 
@@ -209,3 +211,26 @@ SINGLE = {
 def test_float32_messages_agree_to_their_precision(name: str) -> None:
     program = Written(f"def model():\n{SINGLE[name]}", {}, frozenset(), torch.float32)
     assert not check(program).failures
+
+
+@pytest.mark.parametrize("events", [2, 4], ids=["fewer events than rows", "as many"])
+def test_weights_of_rows_are_not_weights_of_events(events: int) -> None:
+    """`poutine.scale` by row around a regression of several outputs: P = I + Xᵀ diag(c) X / σ² for each of them."""
+    rows, counts = 4, torch.tensor([3.0, 1.0, 2.0, 4.0])
+    generator = torch.Generator().manual_seed(3)
+    design, outputs = torch.randn(rows, 3, generator=generator), torch.randn(rows, events, generator=generator)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, events), 1.0).to_event(2))
+        with pyro.plate("n", rows), poutine.scale(scale=counts):
+            pyro.sample("x", dist.Normal(design @ w, 0.5).to_event(1), obs=outputs)
+
+    engine = BLRInference(model, blocks="sites")
+    engine.step()
+    precision = torch.eye(3) + 4 * (design.T * counts) @ design
+    mean = torch.linalg.solve(precision, 4 * (design.T * counts) @ outputs)
+    q = engine.posterior.joint(["w"])
+    assert torch.allclose(q.mean.reshape(3, events), mean, rtol=1e-10, atol=1e-12)
+    covariance = q.covariance_matrix.reshape(3, events, 3, events)
+    for event in range(events):
+        assert torch.allclose(covariance[:, event, :, event], torch.linalg.inv(precision), rtol=1e-10, atol=1e-12)
