@@ -23,6 +23,7 @@ from pyro_blr.families import (
 )
 from pyro_blr.graph import FactorGraph, Plate, Site
 from pyro_blr.members import Member
+from pyro_blr.options import copies_of, options_of
 from pyro_blr.running import unwrap
 
 __all__ = ["Block", "build_blocks", "in_same_plates", "is_gaussian"]
@@ -90,16 +91,8 @@ class Block:
 
         A token type that occurs n times in a document is one statement under `poutine.scale(scale=n)`, of n copies.
         """
-        found = self.members[0].site.infer.get("blr", {}).get("copies")
-        if found is None:
-            return None
-        copies = torch.as_tensor(found, dtype=torch.float64, device=self.device)
-        if self.is_joint or not bool((copies > 0).all()):
-            raise ValueError(
-                f"site {self.members[0].site.name!r}: copies must be positive numbers, for a site in a block of its own; "
-                "leave out elements that occur never"
-            )
-        return copies.expand(self.batch_shape)
+        copies = None if self.is_joint else copies_of(self.members[0].site)
+        return None if copies is None else copies.reshape(copies.shape + (1,) * self.elements).expand(self.batch_shape)
 
     @property
     def num_directions(self) -> int:
@@ -210,7 +203,7 @@ def build_blocks(
                 keeps_plates = not any(member in flat for member in group)
                 result["+".join(group)] = _joint_block([graph.sites[member] for member in group], keeps_plates)
         else:
-            elementwise = site.infer.get("blr", {}).get("block", blocks) == "elements"
+            elementwise = options_of(site).get("block", blocks) == "elements"
             result[name] = _site_block(site, elementwise)
     return result
 
@@ -236,7 +229,7 @@ def _site_block(site: Site, elementwise: bool) -> Block:
     base, _, _ = unwrap(site.distribution)
     event_dim = site.distribution.event_dim
     event = site.shape[len(site.shape) - event_dim :]
-    family = site.infer.get("blr", {}).get("family")
+    family = options_of(site).get("family")
     if callable(family):
         family = family(site.support, event)
     states = None
@@ -295,6 +288,10 @@ def _joint_block(sites: Sequence[Site], keeps_plates: bool = True) -> Block:
     batch = sites[0].batch_shape if complete else torch.Size()
     members, start = [], 0
     for site in sites:
+        if copies_of(site) is not None:
+            raise ValueError(
+                f"site {site.name!r}: found copies for a site of the group {[s.name for s in sites]}; leave it out of groups"
+            )
         family = pushforward_family(site.support, site.shape[len(site.batch_shape) :])
         if family is None:
             raise ValueError(

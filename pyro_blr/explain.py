@@ -178,6 +178,7 @@ def _family(block: Block, site: str) -> str:
     event = " x ".join(str(size) for size in block.family.event_shape)
     text = type(block.family).__name__ + (f"({event})" if event else "")
     text += "".join(f" × {size}" for size in block.full_shape)
+    text += ", in copies" if block.copies is not None else ""
     others = [name for name in block.site_names if name != site]
     return text + (f" with {', '.join(others)}" if others else "")
 

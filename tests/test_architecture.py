@@ -37,6 +37,7 @@ LAYERS = [
     "capture",
     "arbiter",
     "members",
+    "options",
     "blocks",
     "checks",
     "marginals",
