@@ -103,10 +103,12 @@ class Ascent:
 
     def target_at_mean(self, name: str) -> Tensor:
         """The target with a Gaussian block's factors taken at its mean: where Newton's method moves it to."""
+        if self.program.messages.sampled_factors(name):
+            return self.target(name, Draws(0, 0))
         beliefs = self.beliefs
         self.beliefs = self.targets.narrowed(name, beliefs)
         try:
-            return self.target(name, Draws(0, 0))
+            return self.target(name, None)
         finally:
             self.beliefs = beliefs
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributions import transforms
 
@@ -15,7 +16,7 @@ from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.graph import Factor, FactorGraph
 from pyro_blr.plans import Cut
 
-__all__ = ["Moved", "Sum", "above", "below", "refs_of", "transform_of", "unconstrained", "wide"]
+__all__ = ["Moved", "RowsBelow", "Sum", "above", "below", "refs_of", "transform_of", "unconstrained", "wide"]
 
 
 @dataclass(frozen=True)
@@ -113,3 +114,55 @@ def below(
 def wide(values: Sequence[Any]) -> list[Any]:
     """Floating-point tensors in float64; anything else as it is."""
     return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in values]
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A tensor that has an element for each row."""
+
+    rows: Tensor
+
+
+class RowsBelow:
+    """`below` for chosen rows: elements of the log density by number, data that have an element each cut to them.
+
+    Right where the program below the cut is elementwise by broadcasting alone, which `Cut.by_rows` says.
+    """
+
+    def __init__(self, graph: FactorGraph, factor: Factor, cut: Cut, shape: torch.Size):
+        made = factor.constructed
+        assert made is not None
+        self.graph, self.factor, self.cut, self.shape, self.made = graph, factor, cut, shape, made
+        refs = [factor.value, *made.arguments.values()] if cut.log_prob is None else [cut.log_prob]
+        nodes = graph.tape.needed(refs, tuple(predictor.node for predictor in cut.predictors))
+        used = {id(x) for x in graph.tape.inputs_at(nodes)}
+        self.refs = [self._flat(ref) for ref in refs]
+        self.inputs = [self._flat(x) if id(x) in used else x for x in graph.tape.inputs]
+
+    def __call__(self, points: Tensor, rows: Tensor | None) -> Tensor:
+        """log f at points (Q, M, k) of the rows (M,): (Q, M)."""
+        known = {}
+        for predictor, point in zip(self.cut.predictors, points.unbind(-1), strict=True):
+            known[predictor.node] = point if predictor.transform is None else predictor.transform(point)
+        inputs = [_chosen(x, rows) for x in self.inputs]
+        values = self.graph.tape.evaluate([_chosen(ref, rows) for ref in self.refs], {}, inputs, known)
+        if self.cut.log_prob is None:
+            value, *arguments = values
+            named = dict(zip(self.made.arguments, arguments, strict=True))
+            values = [self.made.distribution_class(**named, validate_args=False).log_prob(value)]
+        return values[0].expand(points.shape[:-1])
+
+    def _flat(self, x: Any) -> Any:
+        """Floats in float64; a tensor that broadcasts to the elements in their order."""
+        if not isinstance(x, Tensor):
+            return x
+        (x,) = wide([x])
+        own, shape = tuple(x.shape), self.shape
+        fits = len(own) <= len(shape) and all(a in (1, b) for a, b in zip(reversed(own), reversed(shape), strict=False))
+        return _Flat(x.expand(shape).reshape(-1)) if fits and x.numel() > 1 else x.reshape(()) if x.numel() == 1 else x
+
+
+def _chosen(x: Any, rows: Tensor | None) -> Any:
+    if not isinstance(x, _Flat):
+        return x
+    return x.rows if rows is None else x.rows[rows]

@@ -8,8 +8,6 @@ of (latents, inputs): it is evaluated, differentiated and batched by `torch.func
 from __future__ import annotations
 
 import operator
-import os
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_blr.callers import asked_by_the_program, source_line
 from pyro_blr.memory import Written, as_strided, base_of, out_of_place, place_in
 
 __all__ = ["Departure", "Input", "Latent", "Node", "Recorded", "Recording", "Ref", "Tape", "plain", "source_line"]
@@ -77,38 +76,6 @@ class Departure:
     source: str
 
 
-# Library code between the user's line and the torch call is skipped when a source line is sought.
-_LIBRARIES = tuple(
-    os.path.dirname(os.path.abspath(file)) + os.sep
-    for file in (torch.__file__, sys.modules["pyro"].__file__ if "pyro" in sys.modules else None, __file__)
-    if file is not None
-)
-
-
-def source_line() -> str:
-    """`file.py:12` of the innermost frame outside torch, Pyro and this package; empty where there is none."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        if not filename.startswith(_LIBRARIES) and not filename.startswith("<"):
-            if f"{os.sep}pyro{os.sep}" not in filename and f"{os.sep}contextlib" not in filename:
-                return f"{os.path.basename(filename)}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-def _asked_by_the_program() -> bool:
-    """Whether the call that reached the tape stands outside torch, Pyro and this package."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename in _ON_THE_WAY:
-        frame = frame.f_back  # type: ignore[assignment]
-    filename = frame.f_code.co_filename if frame is not None else ""
-    return not filename.startswith(_LIBRARIES) and f"{os.sep}pyro{os.sep}" not in filename
-
-
-_ON_THE_WAY = frozenset({__file__, torch.overrides.__file__, torch._tensor.__file__})
-_SIZES = frozenset("shape size numel nelement __len__ stride is_same_size nbytes".split())
-
 # Queries of a tensor's form, not of its value: answering them is no departure from the tape.
 _FORM = frozenset(
     "dim size shape numel nelement ndim dtype device layout stride is_floating_point is_complex is_contiguous "
@@ -118,6 +85,7 @@ _FORM = frozenset(
     "is_same_size can_cast result_type is_tensor is_storage get_default_dtype output_nr _base __dir__ __deepcopy__ "
     "is_cpu is_xla is_ipu is_xpu is_vulkan is_maia is_mtia is_sparse_csr real_if_close register_hook _backward_hooks".split()
 )
+_SIZES = frozenset("shape size numel nelement __len__ stride is_same_size nbytes".split())
 _ALIASES = frozenset({"detach", "data", "requires_grad_", "retain_grad", "contiguous"})
 
 
@@ -308,7 +276,7 @@ class Tape:
             return self.record_tuple(function, args, kwargs, result)
         if name not in _FORM:
             self.depart(name, operands)
-        elif self.watched and name in _SIZES and _asked_by_the_program():
+        elif self.watched and name in _SIZES and asked_by_the_program():
             self.measured.update(*(self._latents[operand._index] & self.watched for operand in operands))
         return result
 
@@ -486,11 +454,16 @@ class Tape:
 
     def inputs_of(self, outputs: Sequence[Any]) -> list[Tensor]:
         """The tensors from outside that `outputs` are computed from."""
+        found = self.inputs_at(self.needed(outputs))
+        return [*found, *(output for output in outputs if isinstance(output, Tensor))]
+
+    def inputs_at(self, nodes: Iterable[int]) -> list[Tensor]:
+        """The tensors from outside that some nodes take."""
         found = {}
-        for index in self.needed(outputs):
+        for index in nodes:
             for item in _inputs_in((self.nodes[index].args, self.nodes[index].kwargs)):
                 found[item.index] = self.inputs[item.index]
-        return [*found.values(), *(output for output in outputs if isinstance(output, Tensor))]
+        return list(found.values())
 
     def design_matrix(self, ref: Any, latent: str) -> Tensor | None:
         """X where the expression is X @ z, up to added terms without z, with z the vector `latent` itself; None elsewhere."""

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from pyro_blr.arguments import Arguments, Moments
-from pyro_blr.batches import batched
+from pyro_blr.batches import BUDGET, batched
 from pyro_blr.blocks import Block
-from pyro_blr.cuts import above, below, refs_of, transform_of, wide
+from pyro_blr.cuts import RowsBelow, above, below, refs_of, transform_of, wide
 from pyro_blr.expressions import Ref
 from pyro_blr.families import LogNormal
 from pyro_blr.graph import FactorGraph
 from pyro_blr.maps import compiled
 from pyro_blr.plans import Argument, FactorPlan
-from pyro_blr.quadrature import Integrals, gaussian_expectation, gaussian_integrals
+from pyro_blr.quadrature import Integrals, LogFactor, gaussian_expectation, gaussian_integrals
 from pyro_blr.shapes import broadcast_shape
 
 __all__ = ["FactorIntegral", "log_jacobian"]
@@ -78,6 +78,7 @@ class FactorIntegral:
         self.graph, self.plan, self.cut, self.made = graph, plan, plan.cut, plan.factor.constructed
         self.predictors = _PredictorMoments(graph, blocks, plan)
         self.inputs: list[Tensor] | None = None
+        self._rows: RowsBelow | None = None
         self.error = 0.0  # of the factor, relative to its magnitude, when it was last integrated
         self._last: tuple[Tensor, Tensor, Integrals] | None = None
 
@@ -100,10 +101,25 @@ class FactorIntegral:
         last = self._last
         if last is not None and torch.equal(last[0], mean) and torch.equal(last[1], covariance):
             return last[2]
-        found = gaussian_integrals(_Rows(self, shape, env), mean, covariance)
+        function = self._by_rows(shape) if self.cut.by_rows else _Rows(self, shape, env)
+        found = gaussian_integrals(function, mean, covariance)
         self._last = mean, covariance, found
         self.error = float(found.error.sum() / found.value.abs().sum().clamp_min(1e-300))
         return found
+
+    def _by_rows(self, shape: torch.Size) -> LogFactor:
+        """log f of chosen rows, zero where masked."""
+        if self._rows is None:
+            self._rows = RowsBelow(self.graph, self.plan.factor, self.cut, shape)
+        below_rows, mask = self._rows, self.mask(shape, {}).flatten()
+
+        def function(points: Tensor, rows: Tensor | None) -> Tensor:
+            shown = mask if rows is None else mask[rows]
+            some = max(1, BUDGET // max(shown.numel(), 1))
+            found = [below_rows(part, rows).double() for part in points.split(some)]
+            return torch.where(shown, torch.cat(found), 0.0)
+
+        return function
 
     def table(self, points: Tensor, env: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         """log f at stacked points (Q, *shape, k): (Q, *shape), zero where masked."""

@@ -57,13 +57,15 @@ class Cut:
     """The predictors through which alone a factor sees the Gaussian blocks, elementwise: log f(predictors).
 
     `joint`: the sum of two predictors, which tells their covariance.  `log_prob`: the recorded log density, None where the
-    distribution's arguments say all; `start` is where on the tape its record begins.
+    distribution's arguments say all; `start` is where on the tape its record begins.  `by_rows`: elements can be evaluated
+    apart, by number.
     """
 
     predictors: tuple[Predictor, ...]
     joint: Argument | None = None
     log_prob: Any = None
     start: int = 0
+    by_rows: bool = False
 
 
 @dataclass(frozen=True)

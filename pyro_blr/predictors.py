@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_blr.blocks import Block, is_gaussian
-from pyro_blr.cuts import Moved, Sum, above, below, refs_of, transform_of, wide
+from pyro_blr.cuts import Moved, RowsBelow, Sum, above, below, refs_of, transform_of, wide
 from pyro_blr.expressions import Latent, Recorded, Recording, Ref, refs_in
 from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.forms import UNUSABLE, mixed_dims
@@ -103,7 +103,9 @@ class _Search:
             return replace(verdict, exact=False, how="quadrature") if not verdict.exact else verdict
         count = "one affine predictor" if len(cut.predictors) == 1 else "two affine predictors"
         where = f" ({plan.factor.source})" if plan.factor.source else ""
-        reason = f"{plan.factor.name}: through {count} for each element{where}"
+        reason = f"{plan.factor.name}: {count} for each element{where}"
+        if verdict.reason:
+            reason = f"{verdict.reason}; {count} for each element"
         return replace(verdict, exact=False, how="quadrature", reason=reason)
 
     # -- the search ---------------------------------------------------------------------------------------------------
@@ -114,6 +116,7 @@ class _Search:
         assert factor.constructed is not None
         first = _Level((factor.value, *factor.constructed.arguments.values()), None, len(self.graph.tape.nodes))
         levels = [first] if plan.enumerated else [first, self._recorded(factor)]
+        self.probe = Probe(self.graph, self.blocks)  # one that knows the inputs of what was just recorded
         for count in (1, 2):
             for level in levels:
                 if level is None:
@@ -121,7 +124,7 @@ class _Search:
                 for nodes in itertools.islice(self._separating(level, factor, sites, count), _PAIRS):
                     cut = self._made(level, nodes, sites)
                     if cut is not None and self._is_elementwise(plan, cut, names):
-                        return cut
+                        return replace(cut, by_rows=self._is_by_rows(plan, cut, names))
         return None
 
     def _recorded(self, factor: Factor) -> _Level | None:
@@ -282,6 +285,26 @@ class _Search:
                     return False
         return True
 
+    def _is_by_rows(self, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
+        """Whether chosen elements, evaluated by number, are what they are among all."""
+        factor, made = plan.factor, plan.factor.constructed
+        assert made is not None
+        if plan.enumerated:
+            return False
+        env, leaves = self.probe.site_values({}), self._leaves(names)
+        points = [
+            above(self.graph.tape, p.argument.ref, env, leaves, wide(self.graph.tape.inputs)) for p in cut.predictors
+        ]
+        table = self._table(factor, cut, env, points, wide(self.graph.tape.inputs)).flatten()
+        rows = torch.arange(table.numel(), device=table.device).flip(0)[::2]
+        flat = torch.stack([point.expand(made.batch_shape).flatten() for point in points], -1)
+        try:
+            found = RowsBelow(self.graph, factor, cut, made.batch_shape)
+            some, every = found(flat[rows].expand(3, -1, -1), rows), found(flat.expand(2, -1, -1), None)
+        except UNUSABLE:
+            return False
+        return _same(some[2], table[rows]) and _same(every[1], table)
+
     def _leaves(self, names: Sequence[str]) -> list[tuple[Block, Tensor]]:
         blocks = [self.blocks[name] for name in names]
         return [(block, self.probe.point(block).to(block.device)) for block in blocks]
@@ -324,4 +347,4 @@ def _moved_on(cut: Cut, level: _Level) -> Cut:
 
     predictors = tuple(replace(p, node=ref(Ref(p.node)).index, argument=argument(p.argument)) for p in cut.predictors)
     joint = None if cut.joint is None else argument(cut.joint)
-    return Cut(predictors, joint, level.log_prob, level.start)
+    return Cut(predictors, joint, level.log_prob, level.start, cut.by_rows)

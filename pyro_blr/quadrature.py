@@ -24,7 +24,7 @@ __all__ = ["TOLERANCE", "Integrals", "LogFactor", "gaussian_expectation", "gauss
 
 TOLERANCE = 1e-9  # of the average magnitude of the rows
 _FIRST_ORDER, _LAST_ORDER = 6, 48  # of Gauss-Hermite rules
-_PANEL_ORDER = {1: 10, 2: 7}  # of Gauss-Lobatto rules, by how many axes have panels
+_PANEL_ORDER = {1: 10, 2: 11}  # of Gauss-Lobatto rules, by how many axes have panels
 _EDGES = {1: (-14.0, -9.0, -6.0, -3.0, -1.0, 1.0, 3.0, 6.0, 9.0, 14.0), 2: (-9.0, -4.0, -1.3, 1.3, 4.0, 9.0)}
 _ROUNDS = {1: 40, 2: 24}  # bisections at most
 _MOST_PANELS = {1: 200_000, 2: 20_000}  # in one round; what is left unsettled then is stated as error

@@ -13,6 +13,7 @@ from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import is_gaussian
 from pyro_blr.draws import Draws, unit_width
 from pyro_blr.estimators import bonnet_price, enumerated, reparameterised, score_function
+from pyro_blr.families import LogNormal
 from pyro_blr.messages import Messages
 from pyro_blr.running import isolated_random_state
 from pyro_blr.smoothness import smoothness
@@ -112,7 +113,10 @@ class Targets:
     def sampled(self, name: str, beliefs: Beliefs, draws: Draws) -> Tensor:
         """The target with the messages of the block's other factors estimated from draws."""
         natural = beliefs.naturals[name]
-        message = self.messages.exact_message(name, natural, beliefs.wide).to(natural.dtype)
+        wide = (
+            self.narrowed(name, beliefs) if draws.size == 0 and is_gaussian(self.blocks[name].family) else beliefs
+        ).wide
+        message = self.messages.exact_message(name, natural, wide).to(natural.dtype)
         self._hessians.pop(name, None)
         message = message + self.sampled_message(name, beliefs, draws).to(natural.dtype)
         target = self._share(name, natural, message)
@@ -218,9 +222,11 @@ class Targets:
         """
         if name not in self._orders:
             wide = beliefs.copy()
-            for point in beliefs.points:
-                if is_gaussian(self.blocks[point].family):  # a value to start from has no width
-                    wide.set_moments(point, {**beliefs.wide[point], **unit_width(beliefs.wide[point])})
+            for point in (*beliefs.points, name):
+                if is_gaussian(self.blocks[point].family):
+                    width = unit_width(beliefs.wide[point])
+                    if not any(bool(beliefs.wide[point][key].any()) for key in width):  # a value to start from, a mean
+                        wide.set_moments(point, {**beliefs.wide[point], **width})
             leaves = self._leaves(factors, wide, Draws(7, 16))
             others = {b: leaf for b, leaf in leaves.items() if b != name}
             self._orders[name] = smoothness(function, leaves[name], others, elements)
@@ -283,6 +289,8 @@ class Targets:
         exact = [f for f in self.messages.factors_of[name] if self.messages.plans[f].deterministic]
         total = self.messages.expected_log_prob(exact, narrow.wide)
         total = total + self.messages.expected_log_jacobian([name], narrow.wide)
+        if isinstance(self.blocks[name].family, LogNormal):  # of log x, whose mode it is
+            total = total + self.blocks[name].scale * narrow.wide[name]["mean"].sum()
         return float(total + self.sampled_bound(narrow, Draws(0, 0), self.messages.sampled_factors(name)).mean())
 
 

@@ -54,6 +54,8 @@ def _mark(verdict: conjugacy.Verdict | None) -> str:
         return "."
     if verdict.exact:
         return "=" if verdict.how == conjugacy.PROVED else "~"
+    if verdict.how == "quadrature":
+        return "q"
     return "o" if verdict.how.startswith("closed form") else "x"
 
 
@@ -210,7 +212,7 @@ TABLE: dict[str, tuple[Model, str]] = {
     "deterministic": (deterministic, "z =, y ="),
     "pyro.factor": (pyro_factor, "z =, extra x"),
     "Delta": (pyro_delta, "z =, y ="),
-    "HalfCauchy": (half_cauchy, "z =., sd .x, y ox"),
+    "HalfCauchy": (half_cauchy, "z =., sd .q, y qq"),
     "truncated support": (
         rows(lambda: dist.Normal(pyro.sample("z", dist.Uniform(0.0, 3.0)), 1.0)),
         "z x, y x",

@@ -250,8 +250,11 @@ def expected_under(law: Law, mean: Tensor, variance: Tensor) -> Tensor:
     return (law(mean + variance.sqrt() * NODES.unsqueeze(-1)) * WEIGHTS.unsqueeze(-1)).sum()
 
 
-def best_gaussian(bound: Callable[[Tensor, Tensor], Tensor], dim: int) -> tuple[Tensor, Tensor, float]:
-    """(m, V, the largest bound) over N(m, L Lᵀ); `bound` is without the entropy."""
+def best_gaussian(
+    bound: Callable[[Tensor, Tensor], Tensor], dim: int, blocks: tuple[int, ...] | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """(m, V, the largest bound) over N(m, L Lᵀ), V block-diagonal where `blocks` are given; `bound` is without the entropy."""
+    keep = torch.block_diag(*(torch.ones(size, size, dtype=torch.float64) for size in blocks or (dim,)))
     mean = torch.zeros(dim, dtype=torch.float64, requires_grad=True)
     flat = (0.3 * torch.eye(dim, dtype=torch.float64)).requires_grad_()
     search = torch.optim.LBFGS(
@@ -266,7 +269,7 @@ def best_gaussian(bound: Callable[[Tensor, Tensor], Tensor], dim: int) -> tuple[
 
     def loss() -> Tensor:
         search.zero_grad()
-        lower = flat.tril()
+        lower = flat.tril() * keep
         entropy = lower.diagonal().abs().log().sum() + 0.5 * dim * math.log(2 * math.pi * math.e)
         value = -(bound(mean, lower @ lower.T) + entropy)
         value.backward()
@@ -275,7 +278,7 @@ def best_gaussian(bound: Callable[[Tensor, Tensor], Tensor], dim: int) -> tuple[
     search.step(loss)
     value = loss()
     assert float(mean.grad.norm() + flat.grad.tril().norm()) < 1e-4  # type: ignore[union-attr]
-    lower = flat.detach().tril()
+    lower = flat.detach().tril() * keep
     return mean.detach(), lower @ lower.T, -float(value.detach())
 
 
@@ -341,3 +344,373 @@ def test_a_kink_has_a_closed_form() -> None:
         return fit.sum() + normal_prior(mean, covariance)
 
     near(run(regression(lambda e: dist.Laplace(e, 0.8), Y["laplace"])), best_gaussian(bound, 2))
+
+
+def test_a_censored_regression_written_by_hand() -> None:
+    """`pyro.factor` of torch code with a branch: log density where seen, log probability beyond the limit."""
+    y, limit, sd = Y["student"], 0.8, 0.7
+
+    def law(eta: Tensor) -> Tensor:
+        seen = -0.5 * ((y - eta) / sd) ** 2 - math.log(sd * math.sqrt(2 * math.pi))
+        return torch.where(y > limit, torch.special.log_ndtr((eta - limit) / sd), seen)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
+        with pyro.plate("rows", N):
+            pyro.factor("y", law(X @ w))
+
+    near(run(model), best_regression(law))
+
+
+# -- two predictors ------------------------------------------------------------------------------------------
+
+GRID = torch.cartesian_prod(NODES[20:80], NODES[20:80])
+GRID_WEIGHTS = torch.cartesian_prod(WEIGHTS[20:80], WEIGHTS[20:80]).prod(-1)
+Law2 = Callable[[Tensor, Tensor], Tensor]
+
+
+def expected_under_two(law: Law2, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Σ_n E law(a_n, b_n) under N(mean_n (n, 2), covariance_n (n, 2, 2)), by 60 × 60 points."""
+    root = torch.linalg.cholesky(covariance)
+    points = mean + torch.einsum("nij,qj->qni", root, GRID)
+    return (law(points[..., 0], points[..., 1]) * GRID_WEIGHTS.unsqueeze(-1)).sum()
+
+
+def best_with_scale(law: Law2, log_scale_prior: Law, joint: bool) -> tuple[Tensor, Tensor, float]:
+    """Over q(w, u): w the weights of X, u the log of a positive site; block-diagonal unless `joint`."""
+    design = torch.zeros(N, 2, 3, dtype=torch.float64)
+    design[:, 0, :2], design[:, 1, 2] = X, 1.0
+
+    def bound(mean: Tensor, covariance: Tensor) -> Tensor:
+        spread = torch.einsum("nai,ij,nbj->nab", design, covariance, design)
+        fit = expected_under_two(law, design @ mean, spread)
+        u, s = mean[2], covariance[2, 2].sqrt()
+        return fit + normal_prior(mean[:2], covariance[:2, :2]) + (log_scale_prior(u + s * NODES) * WEIGHTS).sum()
+
+    return best_gaussian(bound, 3, blocks=None if joint else (2, 1))
+
+
+def half_normal_of_log(u: Tensor) -> Tensor:
+    """log density of u = log s, s ~ HalfNormal(1)."""
+    return math.log(2) - 0.5 * math.log(2 * math.pi) - 0.5 * (2 * u).exp() + u
+
+
+TWO: dict[str, tuple[Callable[[Tensor, Tensor], Any], Law2, str]] = {
+    "normal": (
+        lambda e, s: dist.Normal(e, s),
+        lambda e, u: -0.5 * ((Y["student"] - e) * (-u).exp()) ** 2 - u - 0.5 * math.log(2 * math.pi),
+        "student",
+    ),
+    "student": (
+        lambda e, s: dist.StudentT(4.0, e, s),
+        lambda e, u: (
+            math.lgamma(2.5)
+            - math.lgamma(2)
+            - 0.5 * math.log(4 * math.pi)
+            - u
+            - 2.5 * torch.log1p(((Y["student"] - e) * (-u).exp()) ** 2 / 4)
+        ),
+        "student",
+    ),
+    "negative binomial": (
+        lambda e, s: dist.NegativeBinomial(s, logits=e),
+        lambda e, u: (
+            Y["negative binomial"] * e
+            - (u.exp() + Y["negative binomial"]) * softplus(e)
+            + torch.lgamma(u.exp() + Y["negative binomial"])
+            - torch.lgamma(u.exp())
+            - torch.lgamma(Y["negative binomial"] + 1)
+        ),
+        "negative binomial",
+    ),
+    "gamma": (
+        lambda e, s: dist.Gamma(s, s * (-e).exp()),
+        lambda e, u: (
+            u.exp() * (u - e) - torch.lgamma(u.exp()) + (u.exp() - 1) * Y["gamma"].log() - Y["gamma"] * (u - e).exp()
+        ),
+        "gamma",
+    ),
+}
+
+
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "sites"])
+@pytest.mark.parametrize("name", sorted(TWO))
+def test_regressions_with_a_latent_scale(name: str, joint: bool) -> None:
+    law, log_prob, data = TWO[name]
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
+        s = pyro.sample("s", dist.HalfNormal(torch.ones((), dtype=torch.float64)))
+        with pyro.plate("rows", N):
+            pyro.sample("y", law(X @ w, s), obs=Y[data])
+
+    posterior = run(model, blocks=[["w", "s"]] if joint else "sites")
+    mean, covariance, bound = best_with_scale(log_prob, half_normal_of_log, joint)
+    assert posterior.elbo == pytest.approx(bound, rel=1e-6)
+    assert posterior.elbo_kind.startswith("bound by quadrature")
+    near_mean = (posterior["w"].mean - mean[:2]).abs() / covariance.diagonal()[:2].sqrt()
+    assert float(near_mean.max()) < 5e-3
+
+
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "sites"])
+def test_a_heteroscedastic_regression(joint: bool) -> None:
+    """y ~ N(x·w, exp(x·v)), predictors that share q where w and v do."""
+    law = TWO["normal"][1]
+    design = torch.zeros(N, 2, 4, dtype=torch.float64)
+    design[:, 0, :2], design[:, 1, 2:] = X, 0.5 * X
+
+    def bound(mean: Tensor, covariance: Tensor) -> Tensor:
+        spread = torch.einsum("nai,ij,nbj->nab", design, covariance, design)
+        return expected_under_two(law, design @ mean, spread) + normal_prior(mean, covariance)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
+        v = pyro.sample("v", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Normal(X @ w, (0.5 * X @ v).exp()), obs=Y["student"])
+
+    posterior = run(model, blocks=[["w", "v"]] if joint else "sites")
+    _, _, best = best_gaussian(bound, 4, blocks=None if joint else (2, 2))
+    assert posterior.elbo == pytest.approx(best, rel=1e-6)
+
+
+def test_the_difference_of_two_sites_is_one_predictor() -> None:
+    """θ ~ StudentT(μ, 2): what matters is θ − μ, whose variance is the sum of theirs."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0))
+        theta = pyro.sample("theta", dist.StudentT(4.0, mu, 2.0))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.tensor(1.3, dtype=torch.float64))
+
+    def student(x: Tensor) -> Tensor:
+        constant = math.lgamma(2.5) - math.lgamma(2) - 0.5 * math.log(4 * math.pi) - math.log(2)
+        return constant - 2.5 * torch.log1p((x / 2) ** 2 / 4)
+
+    def bound(mean: Tensor, covariance: Tensor) -> Tensor:
+        v = covariance.diagonal()
+        apart = expected_under(student, mean[1] - mean[0], v.sum()[None])
+        fit = -0.5 * ((1.3 - mean[1]) ** 2 + v[1]) - 0.5 * math.log(2 * math.pi)
+        return apart + fit + normal_prior(mean[:1], covariance[:1, :1])
+
+    posterior = run(model, blocks="sites")
+    _, _, best = best_gaussian(bound, 2, blocks=(1, 1))
+    assert posterior.elbo == pytest.approx(best, rel=1e-6)
+    (plan,) = [p for p in plans(model, "sites").values() if p.factor.name == "theta"]
+    assert len(plan.cut.predictors) == 1
+
+
+def plans(model: Callable, blocks: Any = "auto", *args: Any) -> Any:
+    return BLRInference(model, blocks=blocks)._program(args, {}).plans
+
+
+# -- masks, scales, precisions, minibatches, other blocks ------------------------------------------------------
+
+BERNOULLI = ONE["bernoulli"][1]
+
+
+def best_weighted(weights: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The logistic regression with every row counted so often."""
+
+    def bound(mean: Tensor, covariance: Tensor) -> Tensor:
+        variance = torch.einsum("ni,ij,nj->n", X, covariance, X)
+        law = BERNOULLI(X @ mean + variance.sqrt() * NODES.unsqueeze(-1))
+        return (law * weights * WEIGHTS.unsqueeze(-1)).sum() + normal_prior(mean, covariance)
+
+    return best_gaussian(bound, 2)
+
+
+def test_masks_and_scales() -> None:
+    """A mask hides rows (NaN data too), a scale counts them several times, as tensors and in a plate."""
+    shown = torch.arange(N) % 3 != 0
+    counts = 1.0 + (torch.arange(N) % 2)
+    y = torch.where(shown, Y["bernoulli"], torch.nan)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
+        with pyro.plate("rows", N), poutine.mask(mask=shown), poutine.scale(scale=counts):
+            pyro.sample("y", dist.Bernoulli(logits=X @ w, validate_args=False), obs=y)
+
+    with pyro.validation_enabled(False):
+        near(run(model), best_weighted(shown * counts))
+
+
+def test_an_event_with_a_mask_of_its_own() -> None:
+    shown = torch.arange(N) % 4 != 1
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
+        pyro.sample("y", dist.Bernoulli(logits=X @ w).mask(shown).to_event(1), obs=Y["bernoulli"])
+
+    near(run(model), best_weighted(shown.double()))
+
+
+def test_some_rows_unseen() -> None:
+    """`obs_mask` on Student-t data: rows without data are latent, and integrate out of the fit only where q allows it."""
+    seen = torch.arange(N) < N - 2
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.StudentT(4.0, X @ w, 0.7), obs=Y["student"], obs_mask=seen)
+
+    posterior = run(model, blocks="sites")
+    assert posterior.elbo_kind.startswith("bound by quadrature")
+
+    def bound(mean: Tensor, covariance: Tensor) -> Tensor:
+        variance = torch.einsum("ni,ij,nj->n", X, covariance[:2, :2], X)
+        law = ONE["student"][1]
+        fit = law(X @ mean[:2] + variance.sqrt() * NODES.unsqueeze(-1)) * WEIGHTS.unsqueeze(-1)
+        unseen = variance[N - 2 :] + covariance.diagonal()[2:]
+        apart = X[N - 2 :] @ mean[:2] - mean[2:]
+        points = apart + unseen.sqrt() * NODES.unsqueeze(-1)
+        constant = math.lgamma(2.5) - math.lgamma(2) - 0.5 * math.log(4 * math.pi) - math.log(0.7)
+        latent = (constant - 2.5 * torch.log1p((points / 0.7) ** 2 / 4)) * WEIGHTS.unsqueeze(-1)
+        return fit[:, : N - 2].sum() + latent.sum() + normal_prior(mean[:2], covariance[:2, :2])
+
+    _, _, best = best_gaussian(bound, 4, blocks=(2, 1, 1))
+    assert posterior.elbo == pytest.approx(best, rel=1e-6)
+
+
+def test_float32_data() -> None:
+    """Sums and integrals are in float64: float32 data cost no digits beyond their own."""
+    x, y = X.float(), Y["bernoulli"].float()
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float32), 2.0).to_event(1))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+    near(run(model), best_weighted(torch.ones(N)))
+    assert BLRInference(model).run(progress=False)["w"].mean.dtype == torch.float32
+
+
+def test_several_blocks_under_one_predictor() -> None:
+    """Intercept, slope and group effects that q holds independent: their variances add."""
+    group = torch.arange(N) % 3
+    design = torch.cat([X, torch.nn.functional.one_hot(group, 3).double()], 1)
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0))
+        b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0))
+        with pyro.plate("groups", 3):
+            g = pyro.sample("g", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Bernoulli(logits=a + b * X[:, 1] + g[group]), obs=Y["bernoulli"])
+
+    def bound(mean: Tensor, covariance: Tensor) -> Tensor:
+        variance = torch.einsum("ni,ij,nj->n", design, covariance, design)
+        return expected_under(BERNOULLI, design @ mean, variance) + normal_prior(mean, covariance)
+
+    posterior = run(model, blocks="sites")
+    assert posterior.elbo == pytest.approx(best_gaussian(bound, 5, blocks=(1,) * 5)[2], rel=1e-6)
+    joint = run(model, blocks=[["a", "b", "g"]])
+    assert joint.elbo == pytest.approx(best_gaussian(bound, 5)[2], rel=1e-6)
+
+
+def test_elements_of_a_plate_that_share_a_predictor() -> None:
+    """q holds the elements independent, and their means move together."""
+
+    def model() -> None:
+        with pyro.plate("columns", 2):
+            w = pyro.sample("w", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Bernoulli(logits=X @ w), obs=Y["bernoulli"])
+
+    def bound(mean: Tensor, covariance: Tensor) -> Tensor:
+        variance = torch.einsum("ni,ij,nj->n", X, covariance, X)
+        return expected_under(BERNOULLI, X @ mean, variance) + normal_prior(mean, covariance)
+
+    posterior = run(model, blocks="sites")
+    assert posterior.elbo == pytest.approx(best_gaussian(bound, 2, blocks=(1, 1))[2], rel=1e-6)
+    assert posterior.num_steps <= 15
+
+
+def test_an_exact_precision_beside_quadrature() -> None:
+    """w ~ N(0, 1/τ), τ ~ Gamma: τ's message stays closed, and its optimum given q(w) is Bayes' rule."""
+
+    def model() -> None:
+        tau = pyro.sample("tau", dist.Gamma(torch.tensor(2.0, dtype=torch.float64), 1.5))
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), tau.rsqrt()).to_event(1))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Bernoulli(logits=X @ w), obs=Y["bernoulli"])
+
+    def bound(mean: Tensor, covariance: Tensor) -> Tensor:
+        """With q(τ) at its optimum Gamma(3, 1.5 + ½ E|w|²): constants and E log τ cancel but for −3 log b."""
+        variance = torch.einsum("ni,ij,nj->n", X, covariance, X)
+        rate = 1.5 + 0.5 * (mean.square() + covariance.diagonal()).sum()
+        prior = 2 * math.log(1.5) - math.lgamma(2) - math.log(2 * math.pi) + math.lgamma(3) - 3 * rate.log()
+        return expected_under(BERNOULLI, X @ mean, variance) + prior
+
+    mean, covariance, best = best_gaussian(bound, 2)
+    posterior = run(model)
+    assert posterior.elbo == pytest.approx(best, rel=1e-6)
+    rate = 1.5 + 0.5 * float((mean.square() + covariance.diagonal()).sum())
+    assert float(posterior["tau"].mean) == pytest.approx(3 / rate, rel=1e-3)
+
+
+def test_minibatches() -> None:
+    """Half the rows at a time: within a tenth of a posterior sd of the optimum on all of them."""
+    mean, covariance, _ = best_weighted(torch.ones(N))
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
+        with pyro.plate("rows", N, subsample_size=6) as index:
+            pyro.sample("y", dist.Bernoulli(logits=X[index] @ w), obs=Y["bernoulli"][index])
+
+    pyro.set_rng_seed(3)
+    engine = BLRInference(model)
+    assert {v.how for v in engine.explain() if v.factor == "y"} == {"quadrature"}
+    for _ in range(150):
+        engine.step()
+    found = engine.posterior["w"]
+    assert float(((found.mean - mean).abs() / covariance.diagonal().sqrt()).max()) < 0.3
+    assert torch.allclose(found.variance, covariance.diagonal(), rtol=0.3)
+
+
+def test_a_mixture_of_regressions() -> None:
+    """A discrete site chooses the weights: one integral for every state, and responsibilities from them."""
+    y = Y["poisson"]
+
+    def model() -> None:
+        with pyro.plate("components", 2):
+            b = pyro.sample("b", dist.Normal(torch.tensor([-1.0, 1.0], dtype=torch.float64), 1.0))
+        with pyro.plate("rows", N):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6], dtype=torch.float64)))
+            pyro.sample("y", dist.Poisson((b[z] * X[:, 1]).exp()), obs=y)
+
+    posterior = run(model, blocks="sites")
+    mean, variance = posterior["b"].mean, posterior["b"].variance
+    eta, spread = mean[:, None] * X[:, 1], variance[:, None] * X[:, 1] ** 2
+    table = y * eta - (eta + spread / 2).exp() - torch.lgamma(y + 1)  # (2, N), in closed form
+    weights = torch.tensor([0.4, 0.6], dtype=torch.float64).log().unsqueeze(-1)
+    assert torch.allclose(posterior["z"].probs.T, (table + weights).softmax(0), atol=1e-3)
+    prior = -0.5 * ((mean - torch.tensor([-1.0, 1.0])) ** 2 + variance) + 0.5 * variance.log() + 0.5
+    assert posterior.elbo == pytest.approx(float((table + weights).logsumexp(0).sum() + prior.sum()), rel=1e-6)
+
+
+def test_what_explain_says() -> None:
+    explanation = BLRInference(regression(ONE["poisson"][0], Y["poisson"])).explain()
+    (verdict,) = [v for v in explanation if v.factor == "y"]
+    assert (verdict.how, verdict.exact) == ("quadrature", False)
+    assert "one affine predictor for each element" in verdict.reason
+    assert explanation.bound_kind.startswith("bound by quadrature")
+
+
+def test_what_is_not_elementwise_is_drawn() -> None:
+    """Rows that meet below the predictors, three predictors a row, products of blocks: Monte Carlo, as before."""
+
+    def rows_meet() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Normal((X @ w).cumsum(0).sin() + (X @ w).exp().sum(), 1.0), obs=Y["student"])
+
+    def product() -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+        c = pyro.sample("c", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Bernoulli(logits=(X @ a) * (X @ b) + c.exp()), obs=Y["bernoulli"])
+
+    for model in (rows_meet, product):
+        (plan,) = [p for p in plans(model, "sites").values() if p.factor.name == "y"]
+        assert plan.sampled and not plan.integrated
