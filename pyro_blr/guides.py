@@ -22,6 +22,7 @@ from pyro_blr.capture import capture
 from pyro_blr.graph import FactorGraph, Plate, Site
 from pyro_blr.initial import initial_natural
 from pyro_blr.marginals import bijection_of, marginal, member_values, site_distribution, variable_distribution
+from pyro_blr.masks import row_masks
 from pyro_blr.posterior import Posterior
 from pyro_blr.quantiles import median, quantile
 from pyro_blr.running import generic_value, isolated_random_state, run_model, unwrap
@@ -47,6 +48,7 @@ class AutoExponentialFamily(AutoGuide):
         self.blocks: dict[str, Block] = {}
         self.naturals: dict[str, Tensor] = {}
         self._masks: dict[str, Any] = {}
+        self._rows_masked: dict[str, Tensor] = {}  # of the rows that the present call drew
         self._gives_indices: bool | None = None
 
     def setup(self, graph: FactorGraph) -> None:
@@ -93,6 +95,7 @@ class AutoExponentialFamily(AutoGuide):
         """Samples every latent site, and returns site name -> value."""
         blocks = self._prepared(args, kwargs)
         plates = self._create_plates(*args, **kwargs)
+        self._rows_masked = row_masks(self.model, args, kwargs, blocks, self._masks, plates)
         result: dict[str, Tensor] = {}
         for name, block in blocks.items():
             natural = _rows(block, self.naturals[name], plates)
@@ -127,6 +130,8 @@ class AutoExponentialFamily(AutoGuide):
         with ExitStack() as stack:
             _enter(stack, site.plates, plates)
             stack.enter_context(_masked(self._masks.get(site.name), site.plates, plates))
+            if site.name in self._rows_masked:
+                stack.enter_context(poutine.mask(mask=self._rows_masked[site.name]))
             copies = site.infer.get("blr", {}).get("copies")
             if copies is not None:
                 stack.enter_context(poutine.scale(scale=torch.as_tensor(copies)))

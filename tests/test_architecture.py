@@ -81,6 +81,7 @@ LAYERS = [
     "export",
     "report",
     "posterior",
+    "masks",
     "guides",
     "parameters",
     "readings",
