@@ -32,7 +32,14 @@ from pyro_blr.program import Program
 from pyro_blr.running import isolated_random_state, latent_nodes
 from pyro_blr.stopping import has_levelled
 
-__all__ = ["GuideFit", "OrdinaryGradients", "ParameterUpdate", "check_loss", "check_optim"]
+__all__ = [
+    "GuideFit",
+    "OrdinaryGradients",
+    "ParameterUpdate",
+    "check_loss",
+    "check_optim",
+    "reason_of",
+]
 
 _LOSSES = (
     Trace_ELBO,
@@ -79,6 +86,12 @@ def check_optim(optim: Any) -> None:
             f"optim: found {type(optim).__name__}, expected one of pyro.optim's (such as pyro.optim.Adam({{'lr': 0.01}})), or None. "
             "Wrap a torch optimiser in pyro.optim.PyroOptim"
         )
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error, for a table."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 class ParameterUpdate:
@@ -184,24 +197,26 @@ def check_guide(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) 
 class OrdinaryGradients:
     """SVI behind the engine's face, for guides that are not read as exponential families."""
 
-    def __init__(self, model: Any, guide: Any, optim: Any, loss: Any):
-        if not callable(guide):
-            raise TypeError(f"guide: found {type(guide).__name__}, expected a Pyro guide (a callable), or None")
-        self.guide, self.model = guide, model
+    def __init__(self, model: Any, guide: Any, optim: Any, loss: Any, reason: str):
+        self.guide, self.model, self.reason = guide, model, reason
         optim = Adam({"lr": _LEARNING_RATE}) if optim is None else optim
         self.svi = SVI(model, guide, optim, Trace_ELBO() if loss is None else loss)
         self.history: list[float] = []
+        self.has_run = False
         self._fit: GuideFit | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         if not self.history:
             check_guide(self.model, self.guide, args, kwargs)
         loss = float(self.svi.step(*args, **kwargs))
+        self.has_run = True
         self.history.append(-loss)
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        return float(self.svi.evaluate_loss(*args, **kwargs))
+        loss = float(self.svi.evaluate_loss(*args, **kwargs))
+        self.has_run = True
+        return loss
 
     def run(self, args: tuple, kwargs: Mapping[str, Any], *, max_steps: int, tol: float, progress: bool) -> GuideFit:
         converged = False
@@ -225,6 +240,6 @@ class OrdinaryGradients:
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         with pyro.poutine.block(), isolated_random_state():
             trace = pyro.poutine.trace(self.guide).get_trace(*args, **kwargs)
-        reason = "the guide is not read as exponential families: ordinary gradient of loss through optim, as under SVI"
+        reason = f"the guide is not read as exponential families ({self.reason}): ordinary gradient of loss through optim, as under SVI"
         sites = {name: reason for name in trace.stochastic_nodes}
         return Explanation([], {}, "estimate ± standard error", [], sites)

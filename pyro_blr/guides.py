@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,19 +13,20 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_blr.blocks import Block, build_blocks
+from pyro_blr.arbiter import unfaithful_factors
+from pyro_blr.blocks import Block
 from pyro_blr.capture import capture
-from pyro_blr.graph import FactorGraph, Plate, Site
+from pyro_blr.graph import FactorGraph, Site
+from pyro_blr.groups import Grouping, blocks_of, choose_groups
 from pyro_blr.initial import initial_natural
 from pyro_blr.marginals import bijection_of, marginal, member_values, site_distribution, variable_distribution
 from pyro_blr.masks import row_masks
+from pyro_blr.plates import GivenIndices, enter_plates, frame_of, mask_of, masked, rows_of
 from pyro_blr.posterior import Posterior
 from pyro_blr.quantiles import median, quantile
-from pyro_blr.running import generic_value, isolated_random_state, run_model, unwrap
+from pyro_blr.running import generic_value, isolated_random_state, run_model
 
 __all__ = ["AutoExponentialFamily"]
 
@@ -33,28 +34,41 @@ __all__ = ["AutoExponentialFamily"]
 class AutoExponentialFamily(AutoGuide):
     """q(z) = Π_i q_i(z_i), q_i(z_i) ∝ exp⟨λ_i, T_i(z_i)⟩, on the sites and in the plates of a model.
 
-    `blocks` says how q factorises: "sites" (one factor a site, full covariance within its event), "elements",
-    or a list of groups of site names. `naturals` holds the full λ of each block, (*batch, p) with every plate
+    `blocks` says how q factorises: "auto" (Gaussian sites that are jointly affine in their factors, or share a
+    non-conjugate factor, form one Gaussian), "sites" (one factor a site, full covariance within its event),
+    "elements", or a list of groups of site names. `naturals` holds the full λ of each block, (*batch, p) with every plate
     at its full size; entries are replaced, never written into. A subsampled plate uses the rows of λ that it
     drew, or that the model gives it (`subsample=`). Statements carry the masks and the plates' scale of the
     model, not `poutine.scale`. A block of several sites samples `_<block>_latent`, then its sites as Deltas.
     """
 
     def __init__(
-        self, model: Any, blocks: str | Sequence[Sequence[str]] = "sites", *, create_plates: Any = None
+        self, model: Any, blocks: str | Sequence[Sequence[str]] = "auto", *, create_plates: Any = None
     ) -> None:
         super().__init__(model, create_plates=create_plates)
-        self.factorisation = blocks
+        self.factorisation: str | Sequence[Sequence[str]] | Grouping = blocks
         self.blocks: dict[str, Block] = {}
         self.naturals: dict[str, Tensor] = {}
         self._masks: dict[str, Any] = {}
         self._rows_masked: dict[str, Tensor] = {}  # of the rows that the present call drew
         self._gives_indices: bool | None = None
 
+    def follow(self, factorisation: str | Sequence[Sequence[str]] | Grouping) -> None:
+        """Takes the groups that the engine chose, where the choice was left to it."""
+        if self.factorisation == "auto":
+            self.factorisation = factorisation
+
     def setup(self, graph: FactorGraph) -> None:
         """Takes blocks, plates and masks from a captured run; λ that fit stay, others start at the prior."""
-        blocks = build_blocks(graph, self.factorisation)
+        if self.factorisation == "auto":
+            self.factorisation = choose_groups(graph, {})
+        blocks = blocks_of(graph, self.factorisation)
         naturals = {}
+        for name in set() if self.blocks else set(self.naturals) - set(blocks):
+            raise ValueError(
+                f"block {name!r}: found λ of shape {tuple(self.naturals[name].shape)} in the loaded state, expected "
+                f"blocks {list(blocks)}; load a state saved for this model and these data"
+            )
         for name, block in blocks.items():
             shape = torch.Size((*block.full_shape, block.family.num_parameters))
             old = self.naturals.get(name)
@@ -65,10 +79,10 @@ class AutoExponentialFamily(AutoGuide):
                 )
             kept = old is not None and old.shape == shape and self._same_family(name, block)
             naturals[name] = old if old is not None and kept else initial_natural(block)
-        self._masks = {name: _mask_of(graph, site) for name, site in graph.sites.items()}
+        self._masks = {name: mask_of(graph, site) for name, site in graph.sites.items()}
         self._gives_indices = None
         # plates around observed sites only are the model's own: they may change size with the data
-        self._prototype_frames = {p.name: _frame(p) for site in graph.sites.values() for p in site.plates}
+        self._prototype_frames = {p.name: frame_of(p) for site in graph.sites.values() for p in site.plates}
         self.blocks, self.naturals = blocks, naturals
 
     def _same_family(self, name: str, block: Block) -> bool:
@@ -78,6 +92,8 @@ class AutoExponentialFamily(AutoGuide):
         with poutine.block(), isolated_random_state():
             trace = run_model(self.model, args, kwargs, generic_value)
             graph = capture(self.model, args, kwargs, trace)
+            if self.factorisation == "auto":
+                self.factorisation = choose_groups(graph, unfaithful_factors(self.model, args, kwargs, graph))
         self.prototype_trace = trace
         if self.master is not None:
             self.master()._check_prototype(_latents_only(trace))
@@ -98,9 +114,9 @@ class AutoExponentialFamily(AutoGuide):
         self._rows_masked = row_masks(self.model, args, kwargs, blocks, self._masks, plates)
         result: dict[str, Tensor] = {}
         for name, block in blocks.items():
-            natural = _rows(block, self.naturals[name], plates)
+            natural = rows_of(block, self.naturals[name], plates)
             natural = natural.to(block.dtype) if block.is_discrete else natural
-            if len(block.members) == 1:
+            if not block.is_joint:
                 site = block.sites[0]
                 with self._context(site, plates):
                     result[site.name] = pyro.sample(site.name, site_distribution(block, natural))
@@ -110,8 +126,8 @@ class AutoExponentialFamily(AutoGuide):
 
     def _sample_joint(self, block: Block, natural: Tensor, plates: Mapping[str, Any]) -> dict[str, Tensor]:
         with ExitStack() as stack:
-            _enter(stack, block.plates, plates)
-            stack.enter_context(_masked(self._joint_mask(block), block.plates, plates))
+            enter_plates(stack, block.plates, plates)
+            stack.enter_context(masked(self._joint_mask(block), block.plates, plates))
             distribution = variable_distribution(block, natural)
             leaf = pyro.sample(f"_{block.name}_latent", distribution, infer={"is_auxiliary": True})
         result = {}
@@ -128,8 +144,8 @@ class AutoExponentialFamily(AutoGuide):
     @contextlib.contextmanager
     def _context(self, site: Site, plates: Mapping[str, Any]) -> Any:
         with ExitStack() as stack:
-            _enter(stack, site.plates, plates)
-            stack.enter_context(_masked(self._masks.get(site.name), site.plates, plates))
+            enter_plates(stack, site.plates, plates)
+            stack.enter_context(masked(self._masks.get(site.name), site.plates, plates))
             if site.name in self._rows_masked:
                 stack.enter_context(poutine.mask(mask=self._rows_masked[site.name]))
             copies = site.infer.get("blr", {}).get("copies")
@@ -161,7 +177,7 @@ class AutoExponentialFamily(AutoGuide):
     def _given_indices(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if self._gives_indices is False or not self._prototype_frames:
             return {}
-        with poutine.block(), isolated_random_state(), _GivenIndices() as found:
+        with poutine.block(), isolated_random_state(), GivenIndices() as found:
             run_model(self.model, args, kwargs, generic_value)
         self._gives_indices = bool(found.indices)
         return {name: found.indices[name] for name in self._prototype_frames if name in found.indices}
@@ -201,6 +217,23 @@ class AutoExponentialFamily(AutoGuide):
     # ----------------------------------------------------------------------------------------------------
     # State
 
+    def refresh(self) -> bool:
+        """Whether somebody else moved λ; here nobody can."""
+        return False
+
+    def notes(self) -> list[str]:
+        """What a user should know about the guide."""
+        return []
+
+    def saved(self) -> Callable[[], None]:
+        """What puts λ back as it is now."""
+        naturals, blocks = dict(self.naturals), dict(self.blocks)
+
+        def restore() -> None:
+            self.naturals, self.blocks = naturals, blocks
+
+        return restore
+
     def get_extra_state(self) -> dict[str, Any]:
         return {"naturals": {name: natural.detach().clone() for name, natural in self.naturals.items()}}
 
@@ -217,65 +250,6 @@ class AutoExponentialFamily(AutoGuide):
         super()._apply(fn, recurse)
         self.naturals = {name: fn(natural) for name, natural in self.naturals.items()}
         return self
-
-
-class _GivenIndices(Messenger):
-    """Collects the indices of plates that a program subsamples by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.indices: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], _Subsample) and msg["value"] is not None:
-            self.indices[msg["name"]] = torch.as_tensor(msg["value"])
-
-
-def _rows(block: Block, natural: Tensor, plates: Mapping[str, Any]) -> Tensor:
-    """λ of the elements that the guide's plates hold in this call."""
-    for plate in block.plates:
-        drawn = plates[plate.name]
-        indices = drawn._indices
-        if indices is not None and not _is_everything(indices, drawn.size):
-            natural = natural.index_select(plate.dim - block.elements - 1, indices.to(natural.device))
-    return natural
-
-
-def _is_everything(indices: Tensor, size: int) -> bool:
-    return len(indices) == size and torch.equal(indices, torch.arange(size, device=indices.device))
-
-
-def _enter(stack: ExitStack, wanted: Iterable[Plate], plates: Mapping[str, Any]) -> None:
-    for plate in wanted:
-        stack.enter_context(plates[plate.name])
-
-
-def _mask_of(graph: FactorGraph, site: Site) -> Any:
-    """The mask of a site's factor, a tensor over its batch; None where it has none or depends on a latent."""
-    outer, inner = graph.factors[site.name].mask, unwrap(site.distribution)[2]
-    result: Any = None
-    for mask in (outer, inner):
-        if isinstance(mask, bool):
-            mask = torch.tensor(mask)
-        if isinstance(mask, Tensor) and mask.dim() <= len(site.batch_shape):
-            result = mask.bool() if result is None else result & mask.bool()
-    return result
-
-
-def _masked(mask: Any, wanted: Iterable[Plate], plates: Mapping[str, Any]) -> Any:
-    """`poutine.mask`, unless the mask holds rows of a subsample that this call may not have."""
-    if mask is None:
-        return contextlib.nullcontext()
-    for plate in wanted:
-        subsampled = plates[plate.name].subsample_size != plates[plate.name].size
-        if subsampled and mask.dim() >= -plate.dim and mask.shape[plate.dim] > 1:
-            return contextlib.nullcontext()
-    return poutine.mask(mask=mask)
-
-
-def _frame(plate: Plate) -> Any:
-    frame = poutine.indep_messenger.CondIndepStackFrame
-    return frame(plate.name, plate.dim, plate.subsample_size, 0, plate.size)
 
 
 def _latents_only(trace: poutine.Trace) -> poutine.Trace:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from inspect import signature
+from functools import partial
 from typing import Any
 
-import pyro
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent
+from pyro_blr.autoguides import read_guide
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import check_loss_of_data, check_same_block, check_same_sites
+from pyro_blr.diagnostics import linear_response
 from pyro_blr.explain import Explanation
-from pyro_blr.gradients import GuideFit, OrdinaryGradients, ParameterUpdate, check_loss, check_optim
+from pyro_blr.gradients import (
+    GuideFit,
+    OrdinaryGradients,
+    ParameterUpdate,
+    check_loss,
+    check_optim,
+    reason_of,
+)
 from pyro_blr.guides import AutoExponentialFamily
 from pyro_blr.posterior import Posterior
 from pyro_blr.program import Program, Programs
+from pyro_blr.requests import check_callable_guide, check_run_arguments, refuse_without_blocks
+from pyro_blr.running import isolated_random_state
 from pyro_blr.runs import Run
 from pyro_blr.starts import apply_init
 from pyro_blr.steps import take_step
 from pyro_blr.symmetry import broken_start
+from pyro_blr.transactions import AllOrNothing, NothingKept
 
 __all__ = ["BLRInference"]
+
+_PATIENCE = 10  # steps on the same full data before their optimum is sought at once
 
 
 class BLRInference:
@@ -63,20 +76,22 @@ class BLRInference:
         self.model, self.optim, self.loss = model, optim, loss
         self.strict, self._init, self._init_loc_fn = strict, init, init_loc_fn
         self._ordinary: OrdinaryGradients | None = None
-        if guide is not None and not isinstance(guide, AutoExponentialFamily):
-            _refuse_without_blocks(blocks, init, init_loc_fn)
-            self._ordinary = OrdinaryGradients(model, guide, optim, loss)
-            self.guide: Any = guide
-            return
-        factorisation = "sites" if blocks == "auto" else blocks
-        self.guide = guide if guide is not None else AutoExponentialFamily(model, factorisation)
-        self._programs = Programs(model, self.guide.factorisation)
+        if guide is None:
+            guide = AutoExponentialFamily(model, blocks)
+        self.guide, self._q = guide, guide
+        if isinstance(guide, AutoExponentialFamily):
+            self._programs: Programs | None = Programs(model, guide.factorisation)
+        else:
+            check_callable_guide(guide)
+            refuse_without_blocks(blocks, init, init_loc_fn)
+            self._programs = None  # the guide is read at the first call
         self._parameters = ParameterUpdate(model, optim)
         self._points: dict[str, dict[str, Tensor]] = {}
         self._last: list[str] = []
         self._seen: Program | None = None
         self._observed: set[str] = set()
         self._bound: tuple[Program, float] | None = None
+        self._settled: Program | None = None
         self._ready = False
         self._num_steps = 0
         self._history: list[float] = []
@@ -87,25 +102,50 @@ class BLRInference:
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One sweep over all blocks; returns minus the ELBO before it, as `SVI.step` does."""
-        if self._ordinary is not None:
-            return self._ordinary.step(*args, **kwargs)
-        with _all_or_nothing(self):
+        ordinary = self._settle(args, kwargs)
+        if ordinary is not None:
+            return ordinary.step(*args, **kwargs)
+        with AllOrNothing(self):
             program = self._program(args, kwargs)
             ascent = self._ascent(program)
+            if self._settled is program:  # the same data at a converged q: another sweep changes nothing
+                self._history.append(self._history[-1])
+                return -self._history[-1]
             loss = -ascent.bound_before()
             take_step(ascent, self._num_steps)
             self._commit(ascent)
             self._num_steps += 1
             self._history.append(ascent.bound_before())
             self._bound = program, self._history[-1]
+            if self._num_steps == _PATIENCE:
+                self._settle_down(program)
             self._parameters.step(program, ascent)  # last: nothing after it can fail
         return loss
 
+    def _settle_down(self, program: Program) -> None:
+        """Draws on full data: a script that goes on for thousands of steps gets its optimum now, and pays no more for it."""
+        if program.is_exact or program.is_subsampled or self._parameters.found(program):
+            return
+        run = Run(
+            self._ascent(program),
+            self._commit,
+            max_steps=100,
+            tol=1e-3,
+            progress=False,
+            first_step=self._num_steps,
+        )
+        run.go(lambda: self._ascent(program), self._parameters)
+        self._commit(run.ascent)
+        self._history[-1] = run.elbo
+        if run.converged:
+            self._settled, self._outcome = program, run.outcome()
+
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Minus the ELBO; changes nothing."""
-        if self._ordinary is not None:
-            return self._ordinary.evaluate_loss(*args, **kwargs)
-        with _nothing_kept(self):
+        ordinary = self._settle(args, kwargs)
+        if ordinary is not None:
+            return ordinary.evaluate_loss(*args, **kwargs)
+        with NothingKept(self):
             return -self._ascent(self._program(args, kwargs)).bound_before()
 
     def run(
@@ -125,13 +165,14 @@ class BLRInference:
             num_restarts: independent starts; the best bound is kept.
             progress: whether to show a progress bar.
         """
-        _check_run_arguments(self.model, max_steps, tol, num_restarts)
-        if self._ordinary is not None:
-            return self._ordinary.run(args, kwargs, max_steps=max_steps, tol=tol, progress=progress)
-        with _all_or_nothing(self) as state:
+        check_run_arguments(self.model, max_steps, tol, num_restarts)
+        ordinary = self._settle(args, kwargs)
+        if ordinary is not None:
+            return ordinary.run(args, kwargs, max_steps=max_steps, tol=tol, progress=progress)
+        with AllOrNothing(self) as state:
             program = self._program(args, kwargs)
             state.also(self._parameters.saved(program))
-            best: Run | None = None
+            runs: list[Run] = []
             for restart in range(num_restarts):
                 if restart > 0 or num_restarts > 1:
                     self._start(program, restart)
@@ -142,30 +183,31 @@ class BLRInference:
                     tol=tol,
                     progress=progress,
                     first_step=self._num_steps,
+                    given=self._given(program),
                 )
                 run.go(lambda: self._ascent_again(args, kwargs), self._parameters)
-                if best is None or run.elbo > best.elbo:
-                    best = run
-            assert best is not None
+                runs.append(run)
+            best = max(runs, key=lambda run: run.elbo)
             self._commit(best.ascent)
             self._num_steps += best.num_steps
             self._history += best.history
-            self._outcome = best.outcome()
+            self._outcome = best.outcome(runs if num_restarts > 1 else ())
             self._call = (args, kwargs)
         return self.posterior
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Which (factor, site) pairs are exact, how, and why the others are not; leaves torch's generator untouched."""
-        if self._ordinary is not None:
-            return self._ordinary.explain(*args, **kwargs)
-        with _nothing_kept(self):
+        ordinary = self._settle(args, kwargs)
+        if ordinary is not None:
+            return ordinary.explain(*args, **kwargs)
+        with NothingKept(self):
             program = self._program(args, kwargs)
             return Explanation(
                 [verdict for plan in program.plans.values() for verdict in plan.verdicts],
                 program.blocks,
                 self._ascent(program).bound_kind,
                 sorted(program.graph.params),
-                notes=program.notes(),
+                notes=[*self._q.notes(), *program.notes()],
             )
 
     @property
@@ -175,14 +217,34 @@ class BLRInference:
             return self._ordinary.posterior()
         if not self._ready:
             raise RuntimeError("there is no posterior yet: call step or run first")
+        self._q.refresh()
         args, kwargs = self._call
         outcome = {"history": self._history, "num_steps": self._num_steps, **self._outcome}
-        return Posterior(self.guide.blocks, self.guide.naturals, model=self.model, args=args, kwargs=kwargs, **outcome)
+        if self._seen is not None:
+            outcome["response"] = partial(linear_response, self._seen, self._q.naturals)
+        return Posterior(self._q.blocks, self._q.naturals, model=self.model, args=args, kwargs=kwargs, **outcome)
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
+    def _settle(self, args: tuple, kwargs: Mapping[str, Any]) -> OrdinaryGradients | None:
+        """What fits a guide that is not read as families; None where λ is followed.  Decided at the first call."""
+        if self._programs is None and (self._ordinary is None or not self._ordinary.has_run):
+            try:
+                with isolated_random_state():
+                    q = read_guide(self.model, self.guide, args, kwargs)
+                    programs = Programs(q.model, q.factorisation)
+                    q.setup(programs.run(args, kwargs).graph)
+                self._q, self._programs = q, programs
+            except Exception as error:  # what cannot be read runs as under SVI, which says what else is wrong
+                self._ordinary = OrdinaryGradients(self.model, self.guide, self.optim, self.loss, reason_of(error))
+        if self._ordinary is None and self._q.refresh():  # somebody else moved the guide's parameters
+            self._bound = self._settled = None
+        return self._ordinary
+
     def _program(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
+        assert self._programs is not None
         program = self._programs.run(args, kwargs)
+        self._q.follow(program.factorisation)
         check_loss_of_data(self._observed, program.graph)
         if self.strict:
             program.refuse_unproved()
@@ -198,39 +260,43 @@ class BLRInference:
     def _start(self, program: Program, restart: int) -> None:
         """λ at the prior, with `init`, and with exchangeable symmetries broken."""
         if not self._ready:
-            check_same_sites(self.guide.blocks, program.blocks, "the guide was made for other latent sites")
-        self.guide.naturals, self.guide.blocks, self._bound = {}, {}, None
-        self.guide.setup(program.graph)
-        naturals = {name: natural.double() for name, natural in self.guide.naturals.items()}
+            check_same_sites(self._q.blocks, program.blocks, "the guide was made for other latent sites")
+        self._q.naturals, self._q.blocks, self._bound = {}, {}, None
+        self._q.setup(program.graph)
+        naturals = {name: natural.double() for name, natural in self._q.naturals.items()}
         naturals, values = apply_init(program.graph, program.blocks, naturals, self._init, self._init_loc_fn)
-        self.guide.naturals = {name: natural.double() for name, natural in naturals.items()}
+        self._q.naturals = {name: natural.double() for name, natural in naturals.items()}
         self._points = {
             name: {site: values[site] for site in block.site_names}
             for name, block in program.blocks.items()
             if all(site in values for site in block.site_names)
         }
-        self._last = list(self._points)
-        if not self._init:
+        self._last = list(dict.fromkeys([*self._points, *self._given(program)]))
+        if not self._init and self._q is self.guide:  # a guide of the user's own starts where it is
             ascent = broken_start(self._ascent(program))
             self._commit(ascent)
             self._last = ascent.last
         self._ready, self._num_steps, self._history = True, 0, []
 
+    def _given(self, program: Program) -> list[str]:
+        """Blocks whose start `init` says."""
+        return [name for name, block in program.blocks.items() if set(block.site_names) <= set(self._init or ())]
+
     def _adapt(self, program: Program) -> None:
         """Another minibatch, or other data: blocks keep their λ, for every element of the full plates."""
-        check_same_sites(self.guide.blocks, program.blocks, "the model's latent sites changed between steps")
+        check_same_sites(self._q.blocks, program.blocks, "the model's latent sites changed between steps")
         for name, block in program.blocks.items():
-            check_same_block(self.guide.blocks[name], block)
-        before = self.guide.naturals
-        self.guide.setup(program.graph)
-        self.guide.naturals = {
+            check_same_block(self._q.blocks[name], block)
+        before = self._q.naturals
+        self._q.setup(program.graph)
+        self._q.naturals = {
             name: before[name] if before[name].shape == natural.shape else natural.double()
-            for name, natural in self.guide.naturals.items()
+            for name, natural in self._q.naturals.items()
         }
 
     def _ascent(self, program: Program) -> Ascent:
         subsamples = program.graph.subsamples
-        naturals = {name: block.select(self.guide.naturals[name], subsamples) for name, block in program.blocks.items()}
+        naturals = {name: block.select(self._q.naturals[name], subsamples) for name, block in program.blocks.items()}
         ascent = Ascent(program, Beliefs(program.blocks, naturals, self._points), self._last)
         if self._bound is not None and self._bound[0] is program and program.is_exact and not self._points:
             ascent.take_bound(self._bound[1])
@@ -240,98 +306,11 @@ class BLRInference:
         return self._ascent(self._program(args, kwargs))
 
     def _commit(self, ascent: Ascent) -> None:
-        self._bound = None
+        self._bound = self._settled = None
         program = ascent.program
         subsamples = program.graph.subsamples
-        self.guide.naturals = {
-            name: block.scatter(self.guide.naturals[name], ascent.beliefs.naturals[name], subsamples)
+        self._q.naturals = {
+            name: block.scatter(self._q.naturals[name], ascent.beliefs.naturals[name], subsamples)
             for name, block in program.blocks.items()
         }
         self._points = {name: dict(point) for name, point in ascent.beliefs.points.items()}
-
-
-class _all_or_nothing:
-    """A step that fails leaves λ, steps, parameters and the random generators as they were."""
-
-    _attributes = (
-        "_points",
-        "_last",
-        "_seen",
-        "_observed",
-        "_ready",
-        "_num_steps",
-        "_history",
-        "_outcome",
-        "_call",
-        "_bound",
-    )
-
-    def __init__(self, engine: BLRInference):
-        self.engine = engine
-        self.others: list[Callable[[], None]] = []
-
-    def __enter__(self) -> _all_or_nothing:
-        engine = self.engine
-        self.guide = dict(engine.guide.naturals), dict(engine.guide.blocks)
-        self.saved = {key: getattr(engine, key) for key in self._attributes}
-        self.length = len(engine._history)
-        self.generators = pyro.util.get_rng_state()
-        return self
-
-    def also(self, restore: Callable[[], None]) -> None:
-        """Something else to put back: parameters, and what their optimiser remembers."""
-        self.others.append(restore)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            self.restore()
-
-    def restore(self) -> None:
-        engine = self.engine
-        engine.guide.naturals, engine.guide.blocks = self.guide
-        for key, value in self.saved.items():
-            setattr(engine, key, value)
-        del engine._history[self.length :]
-        pyro.util.set_rng_state(self.generators)
-        for restore in self.others:
-            restore()
-
-
-class _nothing_kept(_all_or_nothing):
-    """A look at the model that changes nothing, whether it fails or not; the first one keeps its start."""
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None or self.saved["_ready"]:
-            self.restore()
-        else:
-            pyro.util.set_rng_state(self.generators)
-
-
-def _refuse_without_blocks(blocks: Any, init: Any, init_loc_fn: Any) -> None:
-    given = [
-        name
-        for name, value in (("blocks", blocks), ("init", init), ("init_loc_fn", init_loc_fn))
-        if value not in (None, "auto")
-    ]
-    if given:
-        raise ValueError(
-            f"{' and '.join(given)}: found beside a guide of your own, expected without one: the guide says how q factorises and where it "
-            "starts. Leave the guide out, or start it where you want"
-        )
-
-
-def _check_run_arguments(model: Callable, max_steps: int, tol: float, num_restarts: int) -> None:
-    try:
-        taken = {"max_steps", "tol", "num_restarts", "progress"} & set(signature(model).parameters)
-    except (TypeError, ValueError):
-        taken = set()
-    if taken:
-        raise ValueError(
-            f"the model's own arguments {sorted(taken)} are also arguments of run: rename them in the model, or call step in a loop"
-        )
-    if max_steps < 1:
-        raise ValueError(f"max_steps: found {max_steps}, expected at least 1")
-    if not tol > 0:
-        raise ValueError(f"tol: found {tol}, expected a positive number of nats")
-    if num_restarts < 1:
-        raise ValueError(f"num_restarts: found {num_restarts}, expected at least 1")

@@ -1,0 +1,161 @@
+"""Pyro's autoguides, each as the families it denotes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoDiscreteParallel,
+    AutoGaussian,
+    AutoGuide,
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+    AutoStructured,
+)
+from torch import Tensor
+
+from pyro_blr.parameters import Slot, module_slot
+from pyro_blr.readings import JointGaussian, MeanField, Part, ReadGuide, States, UnreadableGuide
+from pyro_blr.running import isolated_random_state
+from pyro_blr.statements import read_statements
+
+__all__ = ["read_guide"]
+
+
+def read_guide(model: Callable, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> ReadGuide:
+    """The families that a guide denotes, tied to its parameters; raises UnreadableGuide where it denotes none.
+
+    An autoguide that has not seen its model is set up here, as its first call does.
+    """
+    if isinstance(guide, AutoGuide) and type(guide).forward is not AutoGuide.forward and guide.prototype_trace is None:
+        with poutine.block():
+            guide(*args, **kwargs)
+    parts = parts_of(guide, args, kwargs)
+    return ReadGuide(model, parts, getattr(guide, "__name__", type(guide).__name__))
+
+
+def parts_of(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[Part]:
+    """A guide as parts; a list of guides as those of each."""
+    if type(guide) is AutoGuideList:
+        return [part for member in guide for part in _named(member, args, kwargs)]
+    reader = _READERS.get(type(guide))
+    if reader is not None:
+        return reader(guide)
+    for kind, reason in _NO_FAMILY.items():
+        if isinstance(guide, kind):
+            raise UnreadableGuide(reason)
+    with isolated_random_state(0), poutine.block():
+        return [read_statements(guide, args, kwargs)]
+
+
+def _named(member: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[Part]:
+    try:
+        return parts_of(member, args, kwargs)
+    except UnreadableGuide as error:
+        raise UnreadableGuide(f"its part {type(member).__name__}: {error}") from None
+
+
+_NO_FAMILY = {
+    AutoDelta: "it is a point, which has no natural parameters",
+    AutoLaplaceApproximation: "it is a point, which has no natural parameters",
+    AutoGaussian: "its precision is sparse where sites are independent given others, which is no block here",
+    AutoLowRankMultivariateNormal: "a covariance of low rank plus diagonal is no exponential family: λ moves off it",
+    AutoIAFNormal: "a normalising flow is no exponential family",
+    AutoNormalizingFlow: "a normalising flow is no exponential family",
+}
+
+
+def _sites(guide: Any) -> list[str]:
+    return [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
+
+
+def _auto_normal(guide: AutoNormal) -> list[Part]:
+    return [
+        _independent(name, module_slot(guide, f"locs.{name}"), module_slot(guide, f"scales.{name}"))
+        for name in _sites(guide)
+    ]
+
+
+def _auto_diagonal(guide: AutoDiagonalNormal) -> list[Part]:
+    loc, scale = module_slot(guide, "loc"), module_slot(guide, "scale")
+    rows, start = {}, 0
+    for name in _sites(guide):
+        size = guide._unconstrained_shapes[name].numel()
+        rows[name] = slice(start, start + size)
+        start += size
+
+    def assign(name: str, mean: Tensor, spread: Tensor) -> None:
+        for slot, part in ((loc, mean), (scale, spread)):
+            whole = slot.value
+            whole[rows[name]] = part.flatten()
+            slot.assign(whole)
+
+    return [MeanField(list(rows), [loc, scale], lambda name: (loc.value[rows[name]], scale.value[rows[name]]), assign)]
+
+
+def _auto_multivariate(guide: AutoMultivariateNormal) -> list[Part]:
+    return [_joint(_sites(guide), *(module_slot(guide, name) for name in ("loc", "scale", "scale_tril")))]
+
+
+def _joint(sites: list[str], loc: Slot, scale: Slot, tril: Slot) -> Part:
+    """N(loc, L Lᵀ), L = diag(scale) · scale_tril."""
+
+    def moments() -> tuple[Tensor, Tensor]:
+        root = scale.value.unsqueeze(-1) * tril.value
+        return loc.value, root @ root.mT
+
+    def assign(mean: Tensor, root: Tensor) -> None:
+        diagonal = root.diagonal()
+        loc.assign(mean)
+        scale.assign(diagonal)
+        tril.assign(root / diagonal.unsqueeze(-1))
+
+    return JointGaussian(sites, [loc, scale, tril], moments, assign)
+
+
+def _auto_structured(guide: AutoStructured) -> list[Part]:
+    """Sites independent of each other; a dependency makes one Gaussian of some shape of its own, which is no block here."""
+    conditionals: Any = guide.conditionals  # dictionaries, once the guide is set up
+    dependencies: Any = guide.dependencies
+    parts: list[Part] = []
+    for name, kind in conditionals.items():
+        if dependencies.get(name):
+            raise UnreadableGuide(f"{name} depends on {', '.join(dependencies[name])} in it")
+        if kind not in ("normal", "mvn"):
+            raise UnreadableGuide(f"its conditional at {name} is {kind!r}, which has no natural parameters")
+        loc, scale = module_slot(guide, f"locs.{name}"), module_slot(guide, f"scales.{name}")
+        if kind == "mvn":
+            parts.append(_joint([name], loc, scale, module_slot(guide, f"scale_trils.{name}")))
+        else:
+            parts.append(_independent(name, loc, scale))
+    return parts
+
+
+def _independent(name: str, loc: Slot, scale: Slot) -> Part:
+    def assign(_: str, mean: Tensor, spread: Tensor) -> None:
+        loc.assign(mean)
+        scale.assign(spread)
+
+    return MeanField([name], [loc, scale], lambda _: (loc.value, scale.value), assign)
+
+
+def _auto_discrete(guide: AutoDiscreteParallel) -> list[Part]:
+    return [States({site["name"]: module_slot(guide, f"{site['name']}_probs") for site, *_ in guide._discrete_sites})]
+
+
+_READERS: dict[type, Callable[[Any], list[Part]]] = {
+    AutoNormal: _auto_normal,
+    AutoDiagonalNormal: _auto_diagonal,
+    AutoMultivariateNormal: _auto_multivariate,
+    AutoDiscreteParallel: _auto_discrete,
+    AutoStructured: _auto_structured,
+}

@@ -1,0 +1,90 @@
+"""Which parameter of a guide an argument is: itself, or a one-to-one link of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_blr.parameters import Slot
+
+__all__ = ["Argument", "find_argument"]
+
+
+class Link(NamedTuple):
+    """A one-to-one map from a parameter to an argument, and its inverse; a vector's takes the last dim whole."""
+
+    name: str
+    to: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+    vector: bool = False
+
+
+LINKS = (
+    Link("itself", lambda x: x, lambda y: y),
+    Link("exp", torch.exp, torch.log),
+    Link("softplus", torch.nn.functional.softplus, lambda y: y + torch.log(-torch.expm1(-y))),
+    Link("square", torch.square, torch.sqrt),
+    Link("exp(·/2)", lambda x: (0.5 * x).exp(), lambda y: 2 * y.log()),
+    Link("sqrt", torch.sqrt, torch.square),
+    Link("reciprocal", torch.reciprocal, torch.reciprocal),
+    Link("sigmoid", torch.sigmoid, torch.logit),
+    Link("normalised", lambda x: x / x.sum(-1, keepdim=True), lambda y: y, True),
+    Link("softmax", lambda x: x.softmax(-1), torch.log, True),
+    Link("log_softmax", lambda x: x.log_softmax(-1), lambda y: y, True),
+)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a guide's distribution: which parameter it is, and through which link."""
+
+    name: str
+    slot: Slot
+    link: Link
+    shape: torch.Size
+
+    @property
+    def value(self) -> Tensor:
+        return self.link.to(self.slot.value).reshape(self.shape)
+
+    def assign(self, target: Tensor) -> None:
+        self.slot.assign(self.link.back(target.detach().double()))
+
+
+def find_argument(
+    site: str, name: str, tensors: list[Tensor], slots: Mapping[str, Slot], values: Sequence[Mapping[str, Tensor]]
+) -> Argument | str:
+    """The argument, seen as `tensors` where the parameters were `values`; or why it is no parameter."""
+    for slot_name, slot in slots.items():
+        for link in LINKS:
+            matches = [_equal(link, seen[slot_name], tensor) for seen, tensor in zip(values, tensors, strict=True)]
+            if all(matches):
+                return Argument(name, slot, link, tensors[0].shape)
+    tied = [s for s in slots if any(_is_repeated(values[0][s], tensors[0], link) for link in LINKS[:3])]
+    if tied:
+        return f"elements of {site} share the parameter {tied[0]!r}"
+    return f"{name} of its distribution at {site} is no parameter of its own"
+
+
+def _equal(link: Link, parameter: Tensor, argument: Tensor) -> bool:
+    if parameter.numel() != argument.numel() or not argument.is_floating_point():
+        return False
+    if link.vector and (argument.dim() == 0 or argument.shape[-1] < 2 or parameter.shape[-1:] != argument.shape[-1:]):
+        return False
+    tolerance = 1e-9 if argument.dtype == torch.float64 else 1e-4
+    found = link.to(parameter).reshape(argument.shape)
+    return bool(torch.allclose(found, argument.detach().double(), rtol=tolerance, atol=tolerance * 1e-2))
+
+
+def _is_repeated(parameter: Tensor, argument: Tensor, link: Link) -> bool:
+    if parameter.numel() >= argument.numel():
+        return False
+    try:
+        wide = link.to(parameter).expand(argument.shape)
+    except RuntimeError:
+        return False
+    return bool(torch.allclose(wide, argument.detach().double(), rtol=1e-4))

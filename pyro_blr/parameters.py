@@ -1,0 +1,89 @@
+"""Parameters of a guide as places that values are read from and written to, the parameter store's rules kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+__all__ = ["Slot", "module_slot", "remembered", "statement_slot"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter: its constrained value, and the unconstrained leaf behind it that an optimiser would move."""
+
+    name: str
+    find: Callable[[], Any]  # the constrained value, as the guide itself would find it
+    constraint: Any
+
+    @property
+    def leaf(self) -> Tensor:
+        """The unconstrained tensor that the store or the module holds."""
+        value = self.find()
+        return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+    @property
+    def value(self) -> Tensor:
+        """The constrained value in float64."""
+        with torch.no_grad():
+            return transform_to(self.constraint)(self.leaf.detach().double())
+
+    def assign(self, target: Tensor) -> None:
+        """Sets the constrained value; the leaf stays the same tensor, so optimisers and modules keep hold of it."""
+        with torch.no_grad():
+            leaf = self.leaf
+            leaf.copy_(transform_to(self.constraint).inv(target.detach().double()).reshape(leaf.shape))
+
+
+def module_slot(module: Any, path: str) -> Slot:
+    """A parameter of a PyroModule by its attribute path; found in the module's context, which syncs it with the store."""
+    *parents, name = path.split(".")
+    owner = attrgetter(".".join(parents))(module) if parents else module
+    constraint = vars(owner).get("_pyro_params", {}).get(name, (constraints.real, None))[0]
+
+    def find() -> Any:
+        with _context(module):
+            return attrgetter(path)(module)
+
+    return Slot(path, find, constraint)
+
+
+def statement_slot(name: str, node: Mapping[str, Any]) -> Slot:
+    """A parameter that a `pyro.param` statement of a traced guide named."""
+    store = pyro.get_param_store()
+    constraint = node["kwargs"].get("constraint", constraints.real)
+    if len(node["args"]) > 1 and isinstance(node["args"][1], constraints.Constraint):
+        constraint = node["args"][1]
+    held = node["value"]
+
+    def find() -> Any:
+        return store[name] if name in store else held
+
+    return Slot(name, find, constraint)
+
+
+@contextmanager
+def _context(module: Any) -> Iterator[None]:
+    with poutine.block(), module._pyro_context:
+        yield
+
+
+def remembered(slots: list[Slot]) -> Callable[[], None]:
+    """What puts the parameters back as they are now, bit for bit."""
+    held = [(slot.leaf, slot.leaf.detach().clone()) for slot in slots]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for leaf, value in held:
+                leaf.copy_(value)
+
+    return restore

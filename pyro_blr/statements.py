@@ -1,0 +1,231 @@
+"""Hand-written guides read statement by statement: distributions whose arguments are the guide's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import ComposeTransform
+
+from pyro_blr.blocks import Block
+from pyro_blr.families import ExponentialFamily, LogNormal, Normal, TransformedNormal, family_of
+from pyro_blr.initial import diagonal_natural
+from pyro_blr.links import Argument, find_argument
+from pyro_blr.parameters import Slot, remembered, statement_slot
+from pyro_blr.readings import Part, UnreadableGuide, independent_gaussian
+from pyro_blr.running import isolated_random_state, unwrap
+
+__all__ = ["Statements", "read_statements"]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sample statement of a guide: its distribution's class, below Independent, and arguments."""
+
+    site: str
+    distribution_class: type
+    family: ExponentialFamily | None  # None: Normals pushed onto the site's support
+    transform: Any
+    arguments: tuple[Argument, ...]
+
+    def made(self) -> Any:
+        return self.distribution_class(**{a.name: a.value for a in self.arguments}, validate_args=False)
+
+
+class Statements(Part):
+    """Sites whose distributions in the guide are exponential families with their own parameters."""
+
+    def __init__(self, statements: list[Statement]):
+        self.statements = {statement.site: statement for statement in statements}
+        self.sites = tuple(self.statements)
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [argument.slot for statement in self.statements.values() for argument in statement.arguments]
+
+    def options(self, name: str) -> dict[str, Any]:
+        family = self.statements[name].family
+        if family is None:
+            return {"family": independent_gaussian, "block": "elements"}
+        if family.is_discrete:
+            return {}
+        return {"family": family, **({"block": "elements"} if isinstance(family, Normal) else {})}
+
+    def read(self, blocks: Mapping[str, Block]) -> dict[str, Tensor]:
+        result = {}
+        for name, statement in self.statements.items():
+            block, made = blocks[name], statement.made()
+            if statement.family is None:
+                natural = _pushed_natural(block, made, statement.transform)
+            elif family_of(made) != block.family:
+                raise UnreadableGuide(
+                    f"its {type(made).__name__} at {name} does not have the states that the model gives it"
+                )
+            else:
+                natural = block.family.from_distribution(made)
+            if natural.shape[:-1] != block.full_shape:
+                raise UnreadableGuide(
+                    f"its distribution at {name} has batch shape {tuple(natural.shape[:-1])}, the model's site {tuple(block.full_shape)}"
+                )
+            result[name] = natural
+        return result
+
+    def write(self, blocks: Mapping[str, Block], naturals: Mapping[str, Tensor]) -> None:
+        for name, statement in self.statements.items():
+            if name not in naturals:
+                continue
+            block = blocks[name]
+            if statement.family is None:
+                moments = block.family.moments(naturals[name])
+                values: Any = dist.Normal(moments["mean"], moments["variance"].sqrt(), validate_args=False)
+            else:
+                values = block.family.to_distribution(naturals[name])
+            for argument in statement.arguments:
+                argument.assign(getattr(values, argument.name))
+
+
+def _pushed_natural(block: Block, made: Any, transform: Any) -> Tensor:
+    """λ of Normals pushed onto a site's support by the bijection that `biject_to` knows for it."""
+    u = made.loc + made.scale
+    if not torch.allclose(transform(u), biject_to(block.sites[0].support)(u)):
+        raise UnreadableGuide(f"it pushes Normals by another bijection than {block.name}'s support has")
+    base = block.family.base if isinstance(block.family, TransformedNormal) else block.family
+    shape = (*block.full_shape, *base.event_shape)
+    if made.loc.numel() != torch.Size(shape).numel():
+        raise UnreadableGuide(
+            f"its parameters at {block.name} have shape {tuple(made.loc.shape)}, expected {tuple(shape)}"
+        )
+    mean, scale = made.loc.reshape(shape), made.scale.reshape(shape)
+    if isinstance(base, LogNormal):
+        return base.from_distribution(dist.LogNormal(mean, scale, validate_args=False))
+    return diagonal_natural(base, mean, scale.square())
+
+
+# --------------------------------------------------------------------------------------------------------
+# Which parameter each argument is
+
+
+def read_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> Statements:
+    """A guide as statements, found by moving all its parameters a little and seeing which argument is which parameter.
+
+    An argument that equals a parameter, or a link of it, at generic values of all parameters is that parameter, and
+    depends neither on other latents nor on data.
+    """
+    trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    slots = {n: statement_slot(n, node) for n, node in trace.nodes.items() if node["type"] == "param"}
+    names = [n for n, node in trace.nodes.items() if _is_latent(node)]
+    if not names:
+        raise UnreadableGuide("it has no sample statement")
+    restore = remembered(list(slots.values()))
+    try:
+        observed = [_observed(guide, args, kwargs, slots, names, seed) for seed in (1, 2)]
+    finally:
+        restore()
+    statements = [_statement(name, slots, observed) for name in names]
+    used: dict[str, str] = {}
+    for statement in statements:
+        for argument in statement.arguments:
+            if argument.slot.name in used:
+                raise UnreadableGuide(
+                    f"{statement.site} and {used[argument.slot.name]} share the parameter {argument.slot.name!r}"
+                )
+            used[argument.slot.name] = statement.site
+    return Statements(statements)
+
+
+def _is_latent(node: Mapping[str, Any]) -> bool:
+    return node["type"] == "sample" and not node["is_observed"] and not isinstance(node["fn"], _Subsample)
+
+
+class _Law(NamedTuple):
+    base: Any  # the distribution that has the arguments, below Independent and a pushforward
+    transform: Any  # of the pushforward
+    family: ExponentialFamily | None
+    arguments: dict[str, Tensor]
+
+
+class _Seen(NamedTuple):
+    values: dict[str, Tensor]  # parameter -> constrained value
+    laws: dict[str, _Law]
+
+
+def _observed(guide: Any, args: tuple, kwargs: Mapping[str, Any], slots: Mapping, names: list[str], seed: int) -> _Seen:
+    """Values of parameters and distributions of sites with every parameter moved a little further."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for slot in slots.values():
+            leaf = slot.leaf
+            noise = 0.05 + 0.1 * torch.rand(leaf.shape, generator=generator, device="cpu", dtype=torch.float64)
+            leaf.add_(noise.to(leaf))
+    with isolated_random_state(seed), torch.no_grad():
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    missing = [name for name in names if name not in trace.nodes]
+    if missing:
+        raise UnreadableGuide(f"it samples {missing[0]} in some runs only")
+    values = {name: slot.value.clone() for name, slot in slots.items()}
+    return _Seen(values, {name: _law(name, trace.nodes[name]["fn"]) for name in names})
+
+
+def _statement(name: str, slots: Mapping[str, Slot], observed: list[_Seen]) -> Statement:
+    laws, values = [seen.laws[name] for seen in observed], [seen.values for seen in observed]
+    arguments = []
+    for names in _grouped(laws[0].arguments):
+        tried = [find_argument(name, n, [law.arguments[n] for law in laws], slots, values) for n in names]
+        found = [argument for argument in tried if not isinstance(argument, str)]
+        if not found:
+            raise UnreadableGuide(str(tried[0]))
+        arguments.append(found[0])
+    cls = next(c for c in type(laws[0].base).__mro__ if issubclass(c, TorchDistributionMixin))
+    return Statement(name, cls, laws[0].family, laws[0].transform, tuple(arguments))
+
+
+def _grouped(names: Iterable[str]) -> list[list[str]]:
+    """Arguments of which each is needed, alternatives together."""
+    names = list(names)
+    groups = [[name for name in names if name in group] for group in _ALTERNATIVES]
+    alone = [[name] for name in names if not any(name in group for group in groups)]
+    return [*alone, *(group for group in groups if group)]
+
+
+def _law(name: str, distribution: Any) -> _Law:
+    base, family = _inner(name, distribution)
+    # copies: an argument may be the parameter itself, which moves on
+    arguments = {n: torch.as_tensor(getattr(base, n)).detach().clone() for n in _argument_names(base)}
+    transforms = getattr(unwrap(distribution)[0], "transforms", []) if family is None else []
+    return _Law(base, ComposeTransform(list(transforms)), family, arguments)
+
+
+def _inner(name: str, distribution: Any) -> tuple[Any, ExponentialFamily | None]:
+    """(distribution with the arguments, its family or None for pushed Normals)."""
+    base, _, mask = unwrap(distribution)
+    if mask is not None:
+        raise UnreadableGuide(f"its distribution at {name} is masked")
+    if isinstance(base, dist.Delta):
+        raise UnreadableGuide(f"it is a point at {name}, which has no natural parameters")
+    family = family_of(base)
+    if family is not None:
+        return base, family
+    if isinstance(base, torch.distributions.TransformedDistribution):
+        inner = unwrap(base.base_dist)[0]
+        if isinstance(inner, torch.distributions.Normal):
+            return inner, None
+    raise UnreadableGuide(f"its {type(base).__name__} at {name} is no exponential family")
+
+
+_ALTERNATIVES = ({"probs", "logits"}, {"scale_tril", "covariance_matrix", "precision_matrix"})
+
+
+def _argument_names(base: Any) -> list[str]:
+    """The arguments that a distribution has; one of several alternatives may have been made from another."""
+    unused = {
+        name for group in _ALTERNATIVES for name in group if name not in vars(base)
+    }  # lazy: asking would make them
+    return [name for name in base.arg_constraints if name not in unused]
