@@ -24,6 +24,8 @@ from pyro_blr.export import Fitted, ModelRuns, draws_of_q, log_ratios, xarray_of
 
 __all__ = ["psis", "summary"]
 
+MOVED = 0.3  # sd of a mean, or log ratio of sds
+
 
 class Judged(Fitted, Protocol):
     """What a report needs of a posterior."""
@@ -38,7 +40,7 @@ class Judged(Fitted, Protocol):
 
 def psis(
     posterior: Judged,
-    num_samples: int = 1000,
+    num_samples: int = 2000,
     *,
     sum_out_discrete: bool = True,
     model: Callable | None = None,
@@ -96,7 +98,7 @@ def _weighed(
 
 def summary(
     posterior: Judged,
-    num_samples: int = 1000,
+    num_samples: int = 2000,
     *,
     sites: Sequence[str] | None = None,
     model: Callable | None = None,
@@ -107,22 +109,24 @@ def summary(
 
     `mean` and `sd` are q's own, exactly; the interval is `az.summary`'s of `num_samples` draws, and named as
     there.  `sd_lr` is the linear-response standard deviation, where q factorises (`posterior.linear_response`);
-    `mean_is` and `sd_is` weigh the draws, where 0.5 ≤ k̂ < 0.7 (`posterior.psis`).  `sites` narrows the table,
-    not the diagnosis.
+    `mean_is` and `sd_is` weigh the draws (`posterior.psis`), where 0.5 ≤ k̂ < 0.7 or they differ much from q.
+    `sites` narrows the table, not the diagnosis.
     """
     _check(num_samples)
-    names = list(posterior) if sites is None else [sites] if isinstance(sites, str) else list(sites)  # type: ignore[call-overload]
+    names = [site for block in posterior.blocks.values() for site in block.site_names]
     with torch.no_grad():
         draws = posterior.sample((num_samples,))
-        weighed, unavailable = None, ""
+        weighed, unavailable, shifted = None, "", ""
         try:
             weighed = _weighed(posterior, draws, True, model, args, kwargs)
         except ValueError as error:
             unavailable = str(error)
         table, sizes = _table(posterior, draws, names)
-    if weighed is not None and GOOD <= weighed.khat and weighed.is_trusted:
-        table["mean_is"] = _column(names, weighed, weighed.mean)
-        table["sd_is"] = _column(names, weighed, weighed.stddev)
+    if weighed is not None and weighed.is_trusted:
+        corrected = {"mean_is": _column(names, weighed, weighed.mean), "sd_is": _column(names, weighed, weighed.stddev)}
+        shifted = _shifted(table, corrected, weighed.ess)
+        if weighed.khat >= GOOD or shifted:
+            table = table.assign(**corrected)
     response, notes = _response(posterior)
     if response is not None and not response.is_saddle:
         table.insert(2, "sd_lr", np.concatenate([_flat(response.stddev(name)) for name in names]))
@@ -134,12 +138,45 @@ def summary(
         posterior.elbo_se or 0.0,
         weighed.khat if weighed is not None else float("nan"),
         weighed.most_error if weighed is not None else float("inf"),
+        shifted,
         unavailable,
         [name if not block.elements else f"the elements of {name}" for name, block in posterior.blocks.items()],
         posterior.restarts,
         response is not None and response.is_saddle,
     )
+    table, sizes = _narrowed(table, sizes, sites)
     return Summary(table, sizes, _ending(posterior), _bound(posterior), warnings_about(facts), weighed, notes)
+
+
+def _narrowed(
+    table: Any, sizes: list[tuple[str, int]], sites: Sequence[str] | str | None
+) -> tuple[Any, list[tuple[str, int]]]:
+    """The rows of some sites, in their order."""
+    if sites is None:
+        return table, sizes
+    wanted = [sites] if isinstance(sites, str) else list(sites)
+    starts = dict(zip((name for name, _ in sizes), np.cumsum([0, *(size for _, size in sizes)]), strict=False))
+    length = dict(sizes)
+    unknown = [name for name in wanted if name not in length]
+    if unknown:
+        raise ValueError(f"sites: found {unknown}, expected latent sites of the model: {list(length)}")
+    rows = [row for name in wanted for row in range(starts[name], starts[name] + length[name])]
+    return table.iloc[rows], [(name, length[name]) for name in wanted]
+
+
+def _shifted(table: Any, corrected: Mapping[str, np.ndarray], ess: float) -> str:
+    """The scalar that weights move most, in words, where they move one by more than `MOVED` and their own noise."""
+    mean, sd = table["mean"].to_numpy(), table["sd"].to_numpy()
+    with np.errstate(all="ignore"):
+        ratio = corrected["sd_is"] / sd
+        beyond = np.abs(corrected["mean_is"] - mean) / sd - 3 * ratio / np.sqrt(ess)
+        spread = np.abs(np.log(ratio)) - 3 / np.sqrt(2 * ess)
+    worst = np.nan_to_num(np.maximum(beyond, spread), nan=0.0, posinf=0.0)
+    place = int(worst.argmax()) if len(worst) else 0
+    if not len(worst) or worst[place] < MOVED:
+        return ""
+    after = f"{corrected['mean_is'][place]:.3g} ± {corrected['sd_is'][place]:.2g}"
+    return f"{table.index[place]} is {mean[place]:.3g} ± {sd[place]:.2g} in q and {after} by weights"
 
 
 def _response(posterior: Judged) -> tuple[LinearResponse | None, list[str]]:

@@ -75,8 +75,30 @@ def test_resampled_moments_stand_beside_where_khat_is_between() -> None:
     assert float(summary.table.loc["mu", "sd_is"]) == pytest.approx(float(weighed.stddev("mu")))
     exact = PRECISION**-0.5
     assert abs(summary.table.loc["mu", "sd_is"] - exact) < abs(summary.table.loc["mu", "sd"] - exact)
-    assert any("read mean_is and sd_is" in warning for warning in summary.warnings)
-    assert "mean_is" not in scaled_mean(1.3).summary().table
+    assert any("ead mean_is and sd_is" in warning for warning in summary.warnings)
+    assert "mean_is" not in scaled_mean(1.1).summary().table and scaled_mean(1.1).summary().warnings == []
+
+
+@pytest.mark.parametrize(("ratio", "shift"), [(2.0, 0.0), (1.5, 0.9)])
+def test_a_q_that_is_too_wide_or_off_is_told_although_khat_is_small(ratio: float, shift: float) -> None:
+    summary = scaled_mean(ratio, shift).summary()
+    assert summary.khat < 0.5
+    (warning,) = summary.warnings
+    assert warning.startswith("q differs from its own draws, weighed: mu is")
+    row, exact, scale = summary.table.loc["mu"], float(Y.sum()) / PRECISION, PRECISION**-0.5
+    assert abs(row["mean_is"] - exact) < 4 * scale / math.sqrt(summary.psis.ess)
+    assert abs(row["sd_is"] - scale) < 4 * scale / math.sqrt(2 * summary.psis.ess)
+
+
+def test_sites_narrow_the_table_and_not_the_diagnosis(fitted: Any) -> None:
+    pyro.set_rng_seed(3)
+    whole = fitted.summary(500)
+    pyro.set_rng_seed(3)
+    part = fitted.summary(500, sites=["w"])
+    assert part.table.equals(whole.table.iloc[1:]) and part.khat == whole.khat and part.warnings == whole.warnings
+    assert fitted.summary(500, sites="tau").table.index.tolist() == ["tau"]
+    with pytest.raises(ValueError, match=r"sites: found \['v'\], expected latent sites of the model: \['tau', 'w'\]"):
+        fitted.summary(500, sites=["v"])
 
 
 def test_no_row_of_a_site_that_was_summed_out_is_resampled() -> None:
@@ -187,7 +209,9 @@ WORDS = [
     ({}, ""),
     ({"khat": 0.6}, "between 0.5 and 0.7"),
     ({"khat": 0.75, "factors": ["a"]}, "Do not trust this posterior: Pareto k-hat is 0.75"),
+    ({"khat": 0.6, "most_error": 2.5, "factors": ["a"]}, "k-hat is 0.60, of few effective draws"),
     ({"khat": 0.9, "most_error": 0.02}, ""),
+    ({"shifted": "a is 1 ± 1 in q and 2 ± 1 by weights"}, "q differs from its own draws, weighed: a is 1 ± 1"),
     ({"elbo_se": 3.0}, "differences between models below 6 nats say nothing"),
     ({"elbo_se": 0.5}, ""),
     ({"is_saddle": True}, "Start elsewhere"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._psis import GOOD, NEGLIGIBLE, POOR
+from ._psis import FEW, GOOD, NEGLIGIBLE, POOR
 
 __all__ = ["Facts", "Restart", "warnings_about"]
 
@@ -32,7 +32,9 @@ class Restart(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a fit; `factors` are the independent parts of q, `unavailable` says why k̂ is NaN."""
+    """What is known about a fit; `factors` are the independent parts of q, `unavailable` says why k̂ is NaN,
+    `shifted` which scalar the weights move most, where they move one much.
+    """
 
     converged: bool
     stop_reason: str
@@ -40,6 +42,7 @@ class Facts:
     elbo_se: float
     khat: float
     most_error: float = math.inf
+    shifted: str = ""
     unavailable: str = ""
     factors: Sequence[str] = ()
     restarts: Sequence[Restart] = ()
@@ -77,7 +80,8 @@ def _of_the_weights(facts: Facts) -> list[str]:
         return [f"No k-hat, so nothing says how close q is: {facts.unavailable}"] if facts.unavailable else []
     if facts.most_error < NEGLIGIBLE:
         return []
-    if facts.khat >= POOR:
+    few = facts.khat >= GOOD and FEW <= facts.most_error < math.inf
+    if facts.khat >= POOR or few:
         steps = []
         if len(facts.factors) > 1 or any(" " in name for name in facts.factors):
             some = ", ".join(facts.factors[:3]) + (", ..." if len(facts.factors) > 3 else "")
@@ -89,9 +93,15 @@ def _of_the_weights(facts: Facts) -> list[str]:
             "reparameterise (poutine.reparam with LocScaleReparam for scales above groups, a logarithm for a heavy tail)"
         )
         steps.append(_NUTS)
+        of = "above 0.7" if facts.khat >= POOR else "of few effective draws"
         return [
-            f"Do not trust this posterior: Pareto k-hat is {facts.khat:.2f}, above 0.7, so q lacks mass where the posterior has some. "
+            f"Do not trust this posterior: Pareto k-hat is {facts.khat:.2f}, {of}, so q lacks mass where the posterior has some. "
             + "; or ".join(steps)
+        ]
+    if facts.shifted:
+        return [
+            f"q differs from its own draws, weighed: {facts.shifted}. Read mean_is and sd_is instead of mean and sd; "
+            "posterior.psis().resample() gives such draws"
         ]
     if facts.khat >= GOOD:
         return [

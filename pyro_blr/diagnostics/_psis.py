@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["FEWEST_DRAWS", "GOOD", "POOR", "ParetoSmoothed", "pareto_smoothed"]
 
 NEGLIGIBLE = 0.1  # sd: an error of every mean that needs no correction
+FEW = 2.0  # the same where a fifth of the draws are effective
 
 FEWEST_DRAWS = 100  # below, fewer than twenty weights in the tail that is fitted
 GOOD, POOR = 0.5, 0.7  # Vehtari et al. 2024, section 3.2.4; Yao et al. 2018, section 3.1
@@ -23,7 +24,7 @@ class ParetoSmoothed:
     """w_s ∝ p(z_s, x) / q(z_s) at draws z_s of q, the largest smoothed by a generalised Pareto law of shape k̂.
 
     k̂ < 0.5: q is close to the posterior.  k̂ < 0.7: close enough that weighted draws correct it (`mean`,
-    `stddev`, `resample`).  Above, neither q nor weights can be trusted (Vehtari et al. 2024, Pareto smoothed
+    `stddev`, `resample`) while many draws are effective.  Above, neither q nor weights can be trusted (Vehtari et al. 2024, Pareto smoothed
     importance sampling; Yao et al. 2018, Yes, but did it work?).  −∞: the largest weights are equal; where all
     are, q is the posterior.
 
@@ -65,8 +66,11 @@ class ParetoSmoothed:
 
     @property
     def is_trusted(self) -> bool:
-        """k̂ < 0.7, or weights so nearly equal that their tail does not matter."""
-        return self.khat < POOR or self.most_error < NEGLIGIBLE
+        """k̂ < 0.5; or below 0.7 with a fifth of the draws effective, since k̂ is itself an estimate; or weights so
+        nearly equal that their tail does not matter.
+        """
+        of_many = self.khat < POOR and self.most_error < FEW
+        return self.khat < GOOD or of_many or self.most_error < NEGLIGIBLE
 
     @property
     def log_evidence(self) -> float:
@@ -113,9 +117,6 @@ class ParetoSmoothed:
         kind = f" ({self.elbo_kind})" if self.elbo_kind else ""
         error = f" ± {self.elbo_se:.2g}" if self.elbo_se else ""
         words = _khat_in_words(self.khat, self.most_error)
-        if self.khat >= GOOD and self.most_error < NEGLIGIBLE:
-            off = f"no mean is off by more than {self.most_error:.1g} sd"
-            words = f"{self.khat:.2f} (of weights that are nearly equal: {off})"
         result = [f"Pareto k-hat {words}; {self.ess:.0f} of {self.num_samples} draws effective"]
         result.append(f"log evidence {self.log_evidence:.6g} ± {self.log_evidence_se:.2g}")
         result[-1] += "" if self.is_trusted else ", not to be trusted at this k-hat"
@@ -135,7 +136,11 @@ def _khat_in_words(khat: float, most_error: float) -> str:
     if math.isnan(khat):
         return "not found: too few different weights to fit a tail to"
     if khat < GOOD:
-        return f"{khat:.2f} (below 0.5: q is close to the posterior)"
+        return f"{khat:.2f} (below 0.5: q is close to the posterior, or wider)"
+    if most_error < NEGLIGIBLE:
+        return f"{khat:.2f} (of weights that are nearly equal: no mean is off by more than {most_error:.1g} sd)"
+    if khat < POOR and most_error >= FEW:
+        return f"{khat:.2f} (between 0.5 and 0.7, with few draws effective: do not trust q)"
     if khat < POOR:
         return f"{khat:.2f} (between 0.5 and 0.7: weighted draws are better than q)"
     return f"{khat:.2f} (above 0.7: do not trust q)"
