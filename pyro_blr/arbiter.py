@@ -11,7 +11,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_blr.graph import FactorGraph, Site
-from pyro_blr.running import generic_value, isolated_random_state, node_log_prob, run_model
+from pyro_blr.running import generic_value, isolated_random_state, node_log_prob, run_model, site_value
 
 __all__ = ["OtherStatementsError", "dependencies", "replayed_log_probs", "unfaithful_factors"]
 
@@ -46,13 +46,13 @@ def dependencies(
     depends: dict[str, set[str]] = {name: {name} & set(graph.sites) for name in names}
     places = 4 if len(graph.sites) <= _SITES_MOVED_ALONE else 1
     for place in range(places):
-        held = {site.name: generic_value(site.name, site.distribution, place) for site in graph.sites.values()}
+        held = {site.name: site_value(site, place) for site in graph.sites.values()}
         base = _replay(model, args, kwargs, graph, held)
         if base is None:
             continue
         for site in graph.sites.values():
             for draw in _draws_of(site, place):
-                moved = {**held, site.name: generic_value(site.name, site.distribution, draw, 3.0)}
+                moved = {**held, site.name: site_value(site, draw, 3.0)}
                 found = _replay(model, args, kwargs, graph, moved)
                 for name, known in depends.items():
                     if found is not None and site.name not in known and not _agree(found[name], base[name]):
@@ -76,7 +76,7 @@ def _most_states(graph: FactorGraph) -> int:
 
 def _disagreements(model: Callable, args: tuple, kwargs: Mapping[str, Any], graph: FactorGraph, draw: int) -> set[str]:
     radius = 1.0 + 0.5 * draw
-    values = {site.name: generic_value(site.name, site.distribution, draw, radius) for site in graph.sites.values()}
+    values = {site.name: site_value(site, draw, radius) for site in graph.sites.values()}
     replayed = _replay(model, args, kwargs, graph, values)
     wrong = set()
     for name, expected in (replayed or {}).items():

@@ -16,11 +16,14 @@ from torch import Tensor
 from pyro_blr.arguments import Arguments, Moments, mean_leaf
 from pyro_blr.blocks import Block
 from pyro_blr.expressions import Ref
-from pyro_blr.graph import FactorGraph, broadcast_shape
+from pyro_blr.graph import FactorGraph
 from pyro_blr.integrals import FactorIntegral
-from pyro_blr.likelihoods import Expectation, WeightedSums
+from pyro_blr.likelihoods import Categorical as CategoricalLikelihood
+from pyro_blr.likelihoods import Constant, Expectation, WeightedSums, counts_at
 from pyro_blr.likelihoods import Normal as NormalLikelihood
+from pyro_blr.maps import SimplexRows
 from pyro_blr.plans import FactorPlan
+from pyro_blr.shapes import broadcast_shape
 from pyro_blr.summaries import QuadraticSummary, summarise
 
 __all__ = ["FactorAverage"]
@@ -79,15 +82,40 @@ class FactorAverage:
             self._weighted_by = probs
         narrow = self._in_model_precision(moments)
         env = self._environment(narrow, {})
-        arguments = {a.name: self.arguments.expectation(a, env, narrow) for a in plan.arguments}
         states = [self.blocks[name].num_states for name in reversed(plan.enumerated)]
         ones = self.graph.max_plate_nesting - len(plan.factor.batch_shape)
         event = constructed.batch_shape[len(constructed.batch_shape) - constructed.reinterpreted :]
-        shape = (*states, *[1] * ones, *plan.factor.batch_shape, *event)
+        shape = torch.Size([*states, *[1] * ones, *plan.factor.batch_shape, *event])
+        if isinstance(plan.likelihood, CategoricalLikelihood) and not event:
+            total = self._through_counts(shape, env, narrow)
+            if total is not None:
+                return total
+        arguments = {a.name: self.arguments.expectation(a, env, narrow) for a in plan.arguments}
         total = plan.likelihood.weighted_total(arguments, constructed.reinterpreted, shape, self._weighted)
         if total is None:
             self._weighted = None  # it does not pay for this factor
         return total
+
+    def _through_counts(self, shape: torch.Size, env: Mapping[str, Tensor], moments: Moments) -> Tensor | None:
+        """Σ w log a[k] where a is a row of p looked up by data: Σ E log p · (how often each entry of p is meant)."""
+        parts, sums = {argument.name: argument for argument in self.plan.arguments}, self._weighted
+        if parts["value"].forms or len(parts["probs"].forms) != 1:
+            return None
+        rows = self.arguments.compiled(parts["probs"], env, moments)
+        if not isinstance(rows, SimplexRows) or rows.gather.rows is None or sums is None:
+            return None
+        log = moments[rows.name]["log"]
+        row = rows.gather.rows.reshape(rows.gather.shape[:-1]) * log.shape[-1]
+
+        def position() -> Tensor:
+            index = self.arguments.expectation(parts["value"], env, moments)
+            assert isinstance(index, Constant)
+            return (row + index.value.long()).expand(shape).flatten()
+
+        counts = sums.once(
+            "rows", lambda: counts_at(sums.of_data("rows", position), sums.weights.expand(shape), log.shape)
+        )
+        return (log.double() * counts).sum()
 
     def _all_weights(self, probs: Sequence[Tensor]) -> Tensor:
         weights = torch.ones((), dtype=probs[0].dtype, device=probs[0].device)

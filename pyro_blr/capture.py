@@ -71,7 +71,8 @@ def capture(model: Callable, args: tuple, kwargs: Mapping[str, Any], trace: pout
     """
     values = {name: plain(node["value"]).detach().clone() for name, node in latent_nodes(trace)}
     subsamples = subsample_values(trace)
-    tape, failure = Tape(), None
+    shared = frozenset(name for name, node in latent_nodes(trace) if _is_shared(node))
+    tape, failure = Tape(watched=shared), None
     recorded: poutine.Trace = trace
     try:
         with isolated_random_state(0), pyro.validation_enabled(False), _recorded_constructors(), Recording(tape):
@@ -79,7 +80,7 @@ def capture(model: Callable, args: tuple, kwargs: Mapping[str, Any], trace: pout
                 model, args, kwargs, lambda name, _: tape.latent(name, values[name].clone()), subsamples
             )
     except Exception as error:  # the model's own code, run on an unusual tensor: any error means "not recordable"
-        failure, tape, recorded = f"{type(error).__name__}: {error}", Tape(), trace
+        failure, tape, recorded = f"{type(error).__name__}: {error}", Tape(watched=shared), trace
     if failure is not None:
         recorded = _with_latents(trace, tape, values)
     tape.closed = True
@@ -92,6 +93,11 @@ def capture(model: Callable, args: tuple, kwargs: Mapping[str, Any], trace: pout
             plain_node: Any = trace.nodes[name]
             _add_statement(graph, name, node, plain_node)
     return graph
+
+
+def _is_shared(node: Mapping[str, Any]) -> bool:
+    """Whether the plain run gave a discrete site one state for all elements."""
+    return node["fn"].has_enumerate_support and node["value"].shape != node["fn"].shape()
 
 
 def _with_latents(trace: poutine.Trace, tape: Tape, values: Mapping[str, Tensor]) -> poutine.Trace:
@@ -109,10 +115,11 @@ def _add_statement(graph: FactorGraph, name: str, node: dict, plain_node: dict) 
         graph.deterministic[name] = tape.reference(node["value"])
         return
     if name in graph.values:
-        value = graph.values[name]
-        graph.sites[name] = Site(
-            name, plain_node["fn"], value.shape, value.dtype, value.device, plates, dict(node["infer"])
-        )
+        value, distribution = graph.values[name], plain_node["fn"]
+        shared = name in tape.watched
+        shape = torch.Size(distribution.shape()) if shared else value.shape
+        infer = dict(node["infer"])
+        graph.sites[name] = Site(name, distribution, shape, value.dtype, value.device, plates, infer, shared)
     factor = Factor(
         name=name,
         constructed=_constructed(tape, node["fn"]),

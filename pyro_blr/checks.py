@@ -11,7 +11,8 @@ from torch import Tensor
 from pyro_blr.blocks import Block
 from pyro_blr.expressions import Ref
 from pyro_blr.graph import Factor, FactorGraph
-from pyro_blr.running import generic_value
+from pyro_blr.running import site_value
+from pyro_blr.shapes import broadcast_shape
 
 __all__ = [
     "ImproperPosteriorError",
@@ -80,10 +81,7 @@ def _check_shape(factor: Factor, value: Tensor) -> None:
     expected = torch.Size(factor.distribution.batch_shape) + torch.Size(factor.distribution.event_shape)
     event = torch.Size(factor.distribution.event_shape)
     try:
-        fits = (
-            torch.broadcast_shapes(value.shape, expected) == expected
-            and value.shape[value.dim() - len(event) :] == event
-        )
+        fits = broadcast_shape(value.shape, expected) == expected and value.shape[value.dim() - len(event) :] == event
     except RuntimeError:
         fits = False
     if not fits and value.dim() > 0:
@@ -98,7 +96,7 @@ def _support_moves(graph: FactorGraph, factor: Factor) -> bool:
     made = factor.constructed
     if made is None or not any(isinstance(argument, Ref) for argument in made.arguments.values()):
         return made is None and factor.distribution.support is not type(factor.distribution).support
-    values = {site.name: generic_value(site.name, site.distribution, 1) for site in graph.sites.values()}
+    values = {site.name: site_value(site, 1) for site in graph.sites.values()}
     bounds = [_bounds(made.rebuild(graph.tape, latents).support) for latents in (graph.values, values)]
     return any(not torch.equal(*map(torch.as_tensor, pair)) for pair in zip(*bounds, strict=True))
 

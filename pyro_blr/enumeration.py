@@ -17,7 +17,8 @@ from pyro_blr.graph import FactorGraph
 from pyro_blr.initial import initial_natural
 from pyro_blr.plans import FactorPlan
 from pyro_blr.probe import close, leaf_point, leaf_shape
-from pyro_blr.running import generic_value
+from pyro_blr.running import site_value
+from pyro_blr.shapes import broadcast_shape
 
 __all__ = ["misaligned_factors"]
 
@@ -68,7 +69,7 @@ def _broadcasts(
         drawn = {}
         for name in plan.enumerated:
             site = blocks[name].sites[0]
-            drawn[name] = generic_value(site.name, site.distribution, draw)
+            drawn[name] = site_value(site, draw)
         single = FactorAverage(graph, blocks, plan)
         single.points = {name: {blocks[name].site_names[0]: value} for name, value in drawn.items()}
         expected = single.elementwise(moments, samples)
@@ -94,7 +95,7 @@ def _read_off(table: Tensor, indices: list[Tensor], rank: int) -> Tensor:
     table = table.reshape((1,) * (rank + len(indices) - table.dim()) + table.shape)
     for index in reversed(indices):
         index = index.reshape((1,) * (rank - index.dim()) + index.shape)
-        shape = torch.broadcast_shapes(index.shape, table.shape[table.dim() - rank :])
+        shape = broadcast_shape(index.shape, table.shape[table.dim() - rank :])
         if table.shape[0] == 1:
             table = table[0]
             continue

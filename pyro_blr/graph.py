@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.utils import probs_to_logits
 
 from pyro_blr.expressions import Tape
+from pyro_blr.shapes import broadcast_shape
 
-__all__ = ["Constructed", "Factor", "FactorGraph", "Plate", "Site", "broadcast_shape"]
+__all__ = ["Constructed", "Factor", "FactorGraph", "Plate", "Site", "broadcast_shape", "log_prob"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Site:
     device: torch.device
     plates: tuple[Plate, ...]
     infer: Mapping[str, Any]
+    shared: bool = False  # this run gave all elements one state
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -125,6 +129,11 @@ class FactorGraph:
         return {plate.name: plate for some in plates for plate in some}
 
     @property
+    def shared(self) -> frozenset[str]:
+        """The discrete sites that this run gave one state for all elements (`sharing`)."""
+        return frozenset(name for name, site in self.sites.items() if site.shared)
+
+    @property
     def max_plate_nesting(self) -> int:
         ranks = [len(site.batch_shape) for site in self.sites.values()]
         return max([*ranks, *(len(factor.batch_shape) for factor in self.factors.values())], default=0)
@@ -138,7 +147,7 @@ class FactorGraph:
         value, mask, scale, inner = self.tape.evaluate(
             [factor.value, factor.mask, factor.scale, constructed.mask], latents
         )
-        result = constructed.rebuild(self.tape, latents).log_prob(value)
+        result = log_prob(constructed.rebuild(self.tape, latents), value)
         result = result.expand(broadcast_shape(result.shape, constructed.batch_shape))
         if inner is not None:
             result = torch.where(torch.as_tensor(inner, dtype=torch.bool), result, 0.0)
@@ -149,12 +158,12 @@ class FactorGraph:
         return result * scale
 
 
-def broadcast_shape(*shapes: Sequence[int]) -> tuple[int, ...]:
-    """`torch.broadcast_shapes` for shapes that are known to broadcast, at a tenth of its cost."""
-    rank = max(map(len, shapes))
-    result = [1] * rank
-    for shape in shapes:
-        for dim, size in enumerate(shape, rank - len(shape)):
-            if size != 1:
-                result[dim] = size
-    return tuple(result)
+def log_prob(distribution: Any, value: Tensor) -> Tensor:
+    """log f(value); a Categorical's without the logarithms of all the states that the value is not."""
+    own = vars(distribution)
+    if type(distribution) is not dist.Categorical or "probs" not in own or "logits" in own:
+        return distribution.log_prob(value)
+    probs, index = own["probs"], value.long()
+    shape = broadcast_shape(index.shape, probs.shape[:-1])
+    chosen = probs.expand(*shape, probs.shape[-1]).gather(-1, index.expand(shape).unsqueeze(-1))
+    return probs_to_logits(chosen.squeeze(-1))

@@ -21,7 +21,7 @@ from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probabil
 from pyro_blr.pieces import Entries, JointMap, Slab, joint_map
 from pyro_blr.plans import Argument
 
-__all__ = ["AffineMap", "Columns", "Monomial", "compiled"]
+__all__ = ["AffineMap", "Columns", "Monomial", "SimplexRows", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,20 @@ def _probability(name: str, form: Form, function: LeafFunction, like: Tensor) ->
     return expectation
 
 
-def _simplex(name: str, function: LeafFunction, like: Tensor) -> Any:
+@dataclass(frozen=True)
+class SimplexRows:
+    """Rows of a Dirichlet site: E log a is a gather of E log p."""
+
+    name: str
+    gather: Gather
+
+    def __call__(self, moments: Moments) -> Simplex:
+        return Simplex(self.gather(moments[self.name]["log"]))
+
+
+def _simplex(name: str, function: LeafFunction, like: Tensor) -> SimplexRows | None:
     gather = gather_of(function({name: _numbered(like)}) - 1, like.shape)
-    return None if gather is None else lambda moments: Simplex(gather(moments[name]["log"]))
+    return None if gather is None else SimplexRows(name, gather)
 
 
 def _vector(name: str, function: LeafFunction, like: Tensor) -> Any:

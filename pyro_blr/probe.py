@@ -89,6 +89,7 @@ class Probe:
         self._cuts = self._possible_cuts()
         self._inputs: dict[tuple[str, ...], list[Tensor]] = {}
         self._states: dict[str, tuple[int, int]] = {}
+        self._assigned: dict[tuple[str, tuple[int, int] | None, int], Tensor] = {}
         self._draw = 0
         self._is_other = False
 
@@ -141,7 +142,7 @@ class Probe:
             for self._draw in (1, 2, 3) if discrete else ():
                 yield 2 * _TURNS + self._draw
         finally:
-            self._states, self._draw = {}, 0
+            self._states, self._draw, self._assigned = {}, 0, {}
 
     @contextlib.contextmanager
     def other_data(self) -> Iterator[None]:
@@ -155,6 +156,12 @@ class Probe:
 
     def _state_of(self, block: Block) -> Tensor:
         """Random states, or those of the turn: one for all elements, or counting on from element to element."""
+        key = block.name, self._states.get(block.name), self._draw
+        if key not in self._assigned:
+            self._assigned[key] = self._assign(block)
+        return self._assigned[key]
+
+    def _assign(self, block: Block) -> Tensor:
         site = block.sites[0]
         generic = generic_value(site.name, site.distribution, self._draw)
         if block.name not in self._states or block.states is None:
@@ -182,9 +189,11 @@ class Probe:
         for name, value in values.items():
             site = self.graph.sites[name]
             for plate in site.plates:
+                dim = plate.dim - site.distribution.event_dim
                 if plate.name in cut:
-                    dim = plate.dim - site.distribution.event_dim
                     value = value.narrow(dim, 0, _ROWS)
+                elif site.shared:
+                    value = value.narrow(dim, 0, 1)
             result[name] = value.to(site.device)
         return result
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_blr.expressions import plain
+from pyro_blr.graph import Site, log_prob
+from pyro_blr.sharing import shared_state
 
 __all__ = [
     "generic_value",
@@ -27,7 +29,9 @@ __all__ = [
     "latent_nodes",
     "node_log_prob",
     "run_model",
+    "run_sharing",
     "same_run",
+    "site_value",
     "subsample_values",
     "unwrap",
 ]
@@ -52,9 +56,16 @@ def unwrap(distribution: Any) -> tuple[Any, int, Any]:
 class _Substitute(Messenger):
     """Gives every latent the value that `choose(name, distribution)` says, and every subsampled plate its indices."""
 
-    def __init__(self, choose: Callable[[str, Any], Tensor], subsamples: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self,
+        choose: Callable[[str, Any], Tensor],
+        subsamples: Mapping[str, Tensor] | None = None,
+        share: bool = False,
+    ):
         super().__init__()
-        self.choose, self.subsamples = choose, subsamples or {}
+        self.choose, self.subsamples, self.share = choose, subsamples or {}, share
+        self.has_shared = False
+        self.drawn: dict[str, Tensor] = {}  # indices of the plates that were not told theirs
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["value"] is not None:
@@ -63,7 +74,13 @@ class _Substitute(Messenger):
             if msg["name"] in self.subsamples:
                 msg["value"] = self.subsamples[msg["name"]]
         elif not _is_delta(msg["fn"]):
-            msg["value"] = self.choose(msg["name"], msg["fn"])
+            value = self.choose(msg["name"], msg["fn"])
+            msg["value"] = shared_state(value, msg["fn"], msg["cond_indep_stack"]) if self.share else value
+            self.has_shared |= msg["value"] is not value
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            self.drawn[msg["name"]] = msg["value"]
 
 
 def run_model(
@@ -74,7 +91,26 @@ def run_model(
     subsamples: Mapping[str, Tensor] | None = None,
 ) -> poutine.Trace:
     """One plain run of the model with chosen latents; draws (subsample indices, new parameters) come from torch's generator."""
-    with _Substitute(choose, subsamples), _named_empty_plates():
+    return _traced(model, args, kwargs, _Substitute(choose, subsamples))
+
+
+def run_sharing(
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], choose: Callable[[str, Any], Tensor]
+) -> tuple[poutine.Trace, bool]:
+    """The same with one state for all elements of large discrete sites, and whether the program ran so; where it did not, a
+    run with a state an element, on the same subsamples.
+    """
+    substitute = _Substitute(choose, share=True)
+    try:
+        return _traced(model, args, kwargs, substitute), True
+    except Exception:  # the program's own: it may rely on the site's shape
+        if not substitute.has_shared:
+            raise
+    return run_model(model, args, kwargs, choose, substitute.drawn), False
+
+
+def _traced(model: Callable, args: tuple, kwargs: Mapping[str, Any], substitute: _Substitute) -> poutine.Trace:
+    with substitute, _named_empty_plates():
         return poutine.trace(model).get_trace(*args, **kwargs)
 
 
@@ -147,6 +183,12 @@ def generic_value(name: str, distribution: Any, draw: int = 0, radius: float = 1
     return transform(unconstrained.to(dtype=reference.dtype, device=reference.device))
 
 
+def site_value(site: Site, draw: int = 0, radius: float = 1.0) -> Tensor:
+    """A generic value of a site; of one state where the run gave it one."""
+    value = generic_value(site.name, site.distribution, draw, radius)
+    return value[(slice(0, 1),) * len(site.batch_shape)] if site.shared else value
+
+
 def _generator(text: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(text.encode()))
 
@@ -205,7 +247,7 @@ def _seed_generators(seed: int, devices: Iterable[int]) -> None:
 
 def node_log_prob(node: Mapping[str, Any]) -> Tensor:
     """s_f log f of a traced statement, masked and scaled, elementwise over its batch."""
-    return scale_and_mask(node["fn"].log_prob(node["value"]), node["scale"], node["mask"])
+    return scale_and_mask(log_prob(node["fn"], node["value"]), node["scale"], node["mask"])
 
 
 def same_run(one: poutine.Trace, other: poutine.Trace) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from pyro_blr.diagnostics import Restart
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.gradients import ParameterUpdate
 from pyro_blr.program import Program
+from pyro_blr.renewal import renewed
 from pyro_blr.steps import take_step
 from pyro_blr.stopping import has_levelled, remaining_gain
 
@@ -38,9 +39,10 @@ class Run:
         tol: float,
         progress: bool,
         first_step: int = 0,
+        given: Collection[str] = (),
     ):
         self.ascent, self.max_steps, self.tol, self.first_step = ascent, max_steps, tol, first_step
-        self.commit = commit
+        self.commit, self.given = commit, given
         self.history: list[float] = []
         self.num_steps, self.converged, self.stop_reason = 0, False, ""
         self._bar = tqdm(total=max_steps, disable=not progress, leave=False)
@@ -93,6 +95,8 @@ class Run:
 
     def _exact(self) -> None:
         calm, single = 0, self.ascent.bound_kind == "exact evidence"
+        if self.first_step == 0 and self.given:
+            renewed(self.ascent, self.given)
         while self.num_steps < self.max_steps:
             before = self.history[-1] if self.history else None
             self.ascent.sweep()

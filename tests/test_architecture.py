@@ -92,6 +92,7 @@ LAYERS = [
     "statements",
     "autoguides",
     "gradients",
+    "points",
     "symmetry",
     "renewal",
     "runs",

@@ -5,7 +5,7 @@ from ._expectations import Constant, Expectation, Linear, Matrix, Positive, Prob
 from ._registry import likelihood_of, register_likelihood
 from ._select import select
 from ._terms import Lookup, Product, Square, Term, contract, sum_terms
-from ._weighted import WeightedSums
+from ._weighted import WeightedSums, counts_at
 from .bernoulli import Bernoulli
 from .beta import Beta
 from .binomial import Binomial
@@ -59,6 +59,7 @@ __all__ = [
     "WeightedSums",
     "Wishart",
     "contract",
+    "counts_at",
     "likelihood_of",
     "register_likelihood",
     "select",

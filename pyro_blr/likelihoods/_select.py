@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_blr.shapes import broadcast_shape
+
 
 def select(log: Tensor, index: Tensor) -> Tensor:
     """log (*batch, V), index (*batch) -> log[..., index], over the broadcast of the two batches.
@@ -14,7 +16,7 @@ def select(log: Tensor, index: Tensor) -> Tensor:
     one lookup of N columns.
     """
     index = index.long()
-    batch = torch.broadcast_shapes(log.shape[:-1], index.shape)
+    batch = broadcast_shape(log.shape[:-1], index.shape)
     size = log.size(-1)
     if log.shape[:-1] == batch:
         return log.gather(-1, index.expand(batch).unsqueeze(-1)).squeeze(-1)
@@ -31,5 +33,9 @@ def select(log: Tensor, index: Tensor) -> Tensor:
     table = log.permute(*order, dims).reshape(num_rows, num_shared * size)
     index = index.permute(order).reshape(num_shared, num_columns)
     index = index + size * torch.arange(num_shared, device=index.device).unsqueeze(-1)
-    selected = table[:, index.flatten()].reshape([batch[i] for i in order])
+    if num_shared == 1 and rows and columns and rows[0] > columns[-1]:  # written in the order it is handed out in
+        order = columns + rows
+        selected = table.mT[index.flatten()].reshape([batch[i] for i in order])
+    else:
+        selected = table[:, index.flatten()].reshape([batch[i] for i in order])
     return selected.permute([order.index(i) for i in range(dims)])

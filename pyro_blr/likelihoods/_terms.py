@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_blr.shapes import broadcast_shape
+
 from ._expectations import Linear
 from ._select import select
 
@@ -146,9 +148,7 @@ def sum_terms(terms: Sequence[Term | Tensor], num_event_dims: int, weights: Tens
 
 def _contract_terms(terms: Sequence[Term | Tensor], num_event_dims: int, weights: Tensor | None) -> Tensor:
     """Σ_j Σ_event w term_j, term by term; one that lacks an event dim counts as often as it is long."""
-    terms = sorted(
-        terms, key=lambda term: torch.broadcast_shapes(*_operands(term)).numel()
-    )  # small ones are added first
+    terms = sorted(terms, key=lambda term: broadcast_shape(*_operands(term)).numel())  # small ones are added first
     event_sizes = [_event_size([term], num_event_dims, weights) for term in terms]
     event_size = _event_size(terms, num_event_dims, weights)
     total: Tensor | None = None
@@ -165,7 +165,7 @@ def _event_size(terms: Sequence[Term | Tensor], num_event_dims: int, weights: Te
     shapes = [shape for term in terms for shape in _operands(term)]
     if weights is not None:
         shapes.append(weights.shape)
-    return torch.broadcast_shapes(*shapes)[-num_event_dims:].numel()
+    return broadcast_shape(*shapes)[-num_event_dims:].numel()
 
 
 def _result_type(*tensors: Tensor) -> torch.dtype:
@@ -177,7 +177,7 @@ def _operands(term: Term | Tensor) -> list[torch.Size]:
 
 
 def _is_large(shapes: Sequence[torch.Size]) -> bool:
-    return torch.broadcast_shapes(*shapes).numel() > _LARGE * sum(shape.numel() for shape in shapes)
+    return broadcast_shape(*shapes).numel() > _LARGE * sum(shape.numel() for shape in shapes)
 
 
 def _sum_unshared(tensor: Tensor, other: Tensor, num_event_dims: int) -> Tensor:

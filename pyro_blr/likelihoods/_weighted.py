@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_blr.shapes import broadcast_shape
+
 from ._terms import Lookup, Product, Square, Term
 
 
@@ -70,7 +72,7 @@ def _term_total(
         if term.statistic.requires_grad or not _is_small(term.operands[0], full):
             return None
         wide = weights[(...,) + (None,) * term.inner]
-        inner = torch.broadcast_shapes(*(x.shape[x.dim() - term.inner :] for x in (term.coefficient, term.statistic)))
+        inner = broadcast_shape(*(x.shape[x.dim() - term.inner :] for x in (term.coefficient, term.statistic)))
         total = sums.once(key, lambda: _onto(wide, term.statistic, term.coefficient.shape, full + inner))
         return (term.coefficient * total).sum()
     if isinstance(term, Square):
@@ -83,7 +85,7 @@ def _term_total(
 def _square_total(term: Square, weights: Tensor, full: torch.Size, sums: WeightedSums, key: str) -> Tensor | None:
     """Σ w c (x − m)² from Σ w, Σ w x and Σ w x², x relative to its mean; in float64."""
     x, m, c = term.value.mean, term.loc.mean, term.coefficient
-    onto = torch.broadcast_shapes(m.shape, c.shape)
+    onto = broadcast_shape(m.shape, c.shape)
     if x.requires_grad or term.value.variance is not None or not _is_small(onto, full):
         return None
     dims = [d for d in range(-x.dim(), 0) if x.size(d) > 1 and (-d > len(onto) or onto[d] == 1)]
@@ -106,14 +108,19 @@ def _lookup_total(term: Lookup, weights: Tensor, full: torch.Size, sums: Weighte
 
     def counts() -> Tensor:
         size, batch = log.shape[-1], log.shape[:-1]
-        onto = torch.broadcast_shapes(batch, index.shape)
-        wide, position = torch.broadcast_tensors(_onto(weights, None, onto, full), index.long())
-        rows = torch.arange(batch.numel(), device=log.device).reshape(batch).expand(wide.shape)
-        flat = torch.zeros(batch.numel() * size, dtype=wide.dtype, device=log.device)
-        flat.index_add_(0, (rows * size + position).reshape(-1), wide.reshape(-1))
-        return flat.reshape(log.shape)
+        onto = broadcast_shape(batch, index.shape)
+        wide = _onto(weights, None, onto, full)
+        rows = torch.arange(batch.numel(), device=log.device).reshape(batch)
+        position = sums.of_data(f"{key}.position", lambda: (rows * size + index.long()).expand(onto).flatten())
+        return counts_at(position, wide.expand(onto), log.shape)
 
     return (log * sums.once(key, counts)).sum()
+
+
+def counts_at(position: Tensor, weights: Tensor, shape: torch.Size) -> Tensor:
+    """Σ of the weights that stand at each (flat) position."""
+    flat = torch.zeros(shape.numel(), dtype=weights.dtype, device=weights.device)
+    return flat.index_add_(0, position, weights.flatten()).reshape(shape)
 
 
 def _is_small(shape: Sequence[int], full: Sequence[int]) -> bool:
