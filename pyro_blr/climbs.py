@@ -22,7 +22,7 @@ from pyro_blr.tails import refuse_flat_tails
 __all__ = ["Climb", "climb", "guarded_sweep", "newton_start"]
 
 _HALVINGS = 20
-_NEWTON_STEPS = 60
+_NEWTON_STEPS = 30  # twice as many from a saddle
 _NEWTON_ROUNDS = 3
 _RUNAWAY_STEPS = 20  # and _RUNAWAY_NATS: how long and how far a search must have gone to be called endless
 _RUNAWAY_NATS = 1e6
@@ -71,7 +71,9 @@ def _newton(ascent: Ascent, name: str) -> None:
     height = _height(ascent, name)
     enough = _NEAR if ascent.program.messages.sampled_factors(name) else _NEAR_ENOUGH
     nudged, heights = False, [height]
-    for _ in range(_NEWTON_STEPS):
+    for number in range(2 * _NEWTON_STEPS):
+        if number >= _NEWTON_STEPS and not nudged:
+            break
         start = ascent.beliefs
         try:
             target = ascent.target_at_mean(name)

@@ -50,7 +50,7 @@ class AutoExponentialFamily(AutoGuide):
         self.blocks: dict[str, Block] = {}
         self.naturals: dict[str, Tensor] = {}
         self._masks: dict[str, Any] = {}
-        self._rows_masked: dict[str, Tensor] = {}  # of the rows that the present call drew
+        self._rows_masked: dict[str, Any] = {}  # of the rows that the present call drew
         self._gives_indices: bool | None = None
 
     def follow(self, factorisation: str | Sequence[Sequence[str]] | Grouping) -> None:

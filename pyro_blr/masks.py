@@ -23,7 +23,7 @@ def row_masks(
     blocks: Mapping[str, Block],
     known: Mapping[str, Any],
     plates: Mapping[str, Any],
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Site -> mask of the rows in `plates`, for the sites whose `known` mask is one of other rows; a run of the model if any is."""
     sites = [
         site for block in blocks.values() for site in block.sites if _is_of_rows(known.get(site.name), site, plates)
