@@ -23,6 +23,7 @@ from pyro_blr.gradients import (
     reason_of,
 )
 from pyro_blr.guides import AutoExponentialFamily
+from pyro_blr.points import ordinary_fit
 from pyro_blr.posterior import Posterior
 from pyro_blr.program import Program, Programs
 from pyro_blr.requests import check_callable_guide, check_run_arguments, refuse_without_blocks
@@ -234,9 +235,10 @@ class BLRInference:
                     q = read_guide(self.model, self.guide, args, kwargs)
                     programs = Programs(q.model, q.factorisation)
                     q.setup(programs.run(args, kwargs).graph)
-                self._q, self._programs = q, programs
+                self._q, self._programs, self._ordinary = q, programs, None
             except Exception as error:  # what cannot be read runs as under SVI, which says what else is wrong
-                self._ordinary = OrdinaryGradients(self.model, self.guide, self.optim, self.loss, reason_of(error))
+                reason = reason_of(error)
+                self._ordinary = ordinary_fit(self.model, self.guide, self.optim, self.loss, reason, args, kwargs)
         if self._ordinary is None and self._q.refresh():  # somebody else moved the guide's parameters
             self._bound = self._settled = None
         return self._ordinary
