@@ -24,9 +24,7 @@ def seconds(program: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(
-    first: Callable[[], float], second: Callable[[], float], pairs: int
-) -> tuple[list[float], list[float]]:
+def in_turn(first: Callable[[], float], second: Callable[[], float], pairs: int) -> tuple[list[float], list[float]]:
     """Times of two programs called in turn, the order alternating; each call returns its own time."""
     one, two = [], []
     for pair in range(pairs):
@@ -40,13 +38,13 @@ def in_turn(
 
 
 @contextmanager
-def stamped(owner: Any, method: str) -> Iterator[list[float]]:
+def stamped(owner: Any, method: str, clock: Callable[[], float] = time.perf_counter) -> Iterator[list[float]]:
     """The times at which calls of a method return; the differences are what lies between two calls."""
     plain, stamps = getattr(owner, method), []
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         result = plain(*args, **kwargs)
-        stamps.append(time.perf_counter())
+        stamps.append(clock())
         return result
 
     setattr(owner, method, noted)
@@ -71,13 +69,7 @@ def row(name: str, first: Sequence[float], second: Sequence[float], limit: str) 
 
 def duration(value: float) -> str:
     """Seconds in a unit that suits them."""
-    return (
-        f"{value:.3g} s"
-        if value >= 1
-        else f"{value * 1e3:.3g} ms"
-        if value >= 1e-3
-        else f"{value * 1e6:.3g} µs"
-    )
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
 
 
 def heading(title: str) -> None:
@@ -91,6 +83,4 @@ def heading(title: str) -> None:
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """One that shows a script's docstring as it is written."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
