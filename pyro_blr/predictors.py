@@ -102,11 +102,13 @@ class _Search:
         if self.block_of[verdict.site].name in plan.enumerated:
             return replace(verdict, exact=False, how="quadrature") if not verdict.exact else verdict
         count = "one affine predictor" if len(cut.predictors) == 1 else "two affine predictors"
-        where = f" ({plan.factor.source})" if plan.factor.source else ""
-        reason = f"{plan.factor.name}: {count} for each element{where}"
-        if verdict.reason:
-            reason = f"{verdict.reason}; {count} for each element"
-        return replace(verdict, exact=False, how="quadrature", reason=reason)
+        reason, where = verdict.reason or f"{plan.factor.name}: no closed form in the others", ""
+        if reason.endswith(")"):
+            reason, _, where = reason.rpartition(" (")
+            where = f" ({where}"
+        elif plan.factor.source:
+            where = f" ({plan.factor.source})"
+        return replace(verdict, exact=False, how="quadrature", reason=f"{reason}; {count} for each element{where}")
 
     # -- the search ---------------------------------------------------------------------------------------------------
 
