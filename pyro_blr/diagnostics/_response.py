@@ -11,6 +11,7 @@ that q gives it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ MOST = 2000  # parameters of q: the response solves a dense system of that size
 MOST_DIFFERENCES = 400  # where the Hessian is made of differences of gradients
 NUM_DRAWS = 1024
 WORK = 2 * 10**10
+CHUNK = 64  # rows of a Jacobian at once
 FLAT = 1e-9  # an eigenvalue of the bound's negative Hessian, relative to q's own, that is none
 NOISE = 0.1  # the same, where the Hessian is an average over draws
 
@@ -102,17 +104,23 @@ def linear_response(program: Program, naturals: Mapping[str, Tensor]) -> LinearR
         own = coordinates.own(hessian[rows, columns].reshape(*piece.shape, size), piece)
         hessian[rows, columns] = own.reshape(batch, size, size)
     lack = torch.eye(total, dtype=hessian.dtype, device=hessian.device) - 0.5 * (hessian + hessian.mT)
-    lowest = float(torch.linalg.eigvalsh(lack).min()) if total else 1.0
-    noise = FLAT if program.is_deterministic else NOISE
-    if FLAT >= lowest > -noise:
-        raise ValueError(
-            f"the bound is flat in some direction (curvature {lowest:.1g} of q's own): that direction is not identified, or known "
-            "from draws only. Fix or tie what the data do not tell apart"
-        )
-    is_saddle = lowest <= -noise
-    inverse = lack if is_saddle else torch.cholesky_inverse(torch.linalg.cholesky(lack))
+    inverse = _inverse(lack, FLAT if program.is_deterministic else NOISE)
     jacobians, variances, blocks = _sites(parts, total)
-    return LinearResponse(is_saddle, inverse, jacobians, variances, blocks)
+    return LinearResponse(inverse is None, lack if inverse is None else inverse, jacobians, variances, blocks)
+
+
+def _inverse(lack: Tensor, noise: float) -> Tensor | None:
+    """The inverse of a positive definite matrix; None where an eigenvalue is below zero beyond the noise."""
+    factor, failed = torch.linalg.cholesky_ex(lack)
+    if not int(failed) and float(factor.diagonal().min()) > math.sqrt(FLAT):
+        return torch.cholesky_inverse(factor)
+    lowest = float(torch.linalg.eigvalsh(lack).min())
+    if lowest <= -noise:
+        return None
+    raise ValueError(
+        f"the bound is flat in some direction (curvature {lowest:.1g} of q's own): that direction is not identified, or known "
+        "from draws only. Fix or tie what the data do not tell apart"
+    )
 
 
 def _refuse(program: Program, total: int) -> None:
@@ -182,7 +190,7 @@ def _derivatives(
     along = (slope(origin + step * line)[1] - slope(origin - step * line)[1]) / (2 * step)
     try:
         leaf, gradient = slope(origin, create_graph=True)
-        hessian = _rows(gradient, leaf)
+        hessian = _jacobian(gradient, leaf)
         if not checked or torch.allclose(hessian @ line, along, rtol=1e-3, atol=1e-3 * float(along.norm()) + 1e-6):
             return gradient.detach(), hessian
     except RuntimeError:  # some operation has no second derivative
@@ -196,19 +204,20 @@ def _derivatives(
     return slope(origin)[1].detach(), torch.stack(columns).mT.detach().clone()
 
 
-def _rows(gradient: Tensor, leaf: Tensor) -> Tensor:
-    if not gradient.requires_grad:
-        return torch.zeros(len(leaf), len(leaf), dtype=leaf.dtype, device=leaf.device)
-    basis = torch.eye(len(leaf), dtype=leaf.dtype, device=leaf.device)
+def _jacobian(values: Tensor, leaf: Tensor) -> Tensor:
+    """(n, numel of leaf) derivatives of each of n values."""
+    if not values.requires_grad:
+        return torch.zeros(len(values), leaf.numel(), dtype=leaf.dtype, device=leaf.device)
+    basis = torch.eye(len(values), dtype=values.dtype, device=values.device)
 
     def product(rows: Tensor, batched: bool) -> Tensor:
         (found,) = torch.autograd.grad(
-            gradient, leaf, rows, retain_graph=True, is_grads_batched=batched, allow_unused=True, materialize_grads=True
+            values, leaf, rows, retain_graph=True, is_grads_batched=batched, allow_unused=True, materialize_grads=True
         )
-        return found
+        return found.reshape(*rows.shape[:-1], -1)
 
     try:
-        return torch.cat([product(rows, True) for rows in basis.split(64)]).detach()
+        return torch.cat([product(rows, True) for rows in basis.split(CHUNK)]).detach()
     except RuntimeError:  # an operation that cannot be batched
         return torch.stack([product(row, False) for row in basis]).detach()
 
@@ -223,18 +232,9 @@ def _sites(own: Mapping[str, Coordinates], total: int) -> tuple[dict[str, Tensor
             with torch.enable_grad():
                 law = marginal(coordinates.block, site, coordinates.at(leaf))
                 mean = law.mean.double()
-                rows = _of_elements(mean.flatten(), leaf)
+                rows = _jacobian(mean.flatten(), leaf)
             wide = torch.zeros(len(rows), total, dtype=rows.dtype, device=rows.device)
             wide[:, start : start + leaf.numel()] = rows
             jacobians[site], variances[site] = wide, law.variance.detach().double()
             blocks[site] = coordinates.block
     return jacobians, variances, blocks
-
-
-def _of_elements(values: Tensor, leaf: Tensor) -> Tensor:
-    """(n, numel of leaf) derivatives of each value."""
-    rows = [
-        torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True, materialize_grads=True)[0].flatten()
-        for value in values
-    ]
-    return torch.stack(rows).detach()
