@@ -78,6 +78,7 @@ class FactorIntegral:
         self.graph, self.plan, self.cut, self.made = graph, plan, plan.cut, plan.factor.constructed
         self.predictors = _PredictorMoments(graph, blocks, plan)
         self.inputs: list[Tensor] | None = None
+        self.device = blocks[plan.integrated[0]].device
         self._rows: RowsBelow | None = None
         self.error = 0.0  # of the factor, relative to its magnitude, when it was last integrated
         self._last: tuple[Tensor, Tensor, Integrals] | None = None
@@ -136,11 +137,11 @@ class FactorIntegral:
     def mask(self, shape: torch.Size, env: Mapping[str, Tensor]) -> Tensor:
         """Elements that neither the factor's mask nor the distribution's own hides."""
         outer, inner = self.graph.tape.evaluate([self.plan.factor.mask, self.made.mask], env)
-        mask = torch.ones(shape, dtype=torch.bool)
+        mask = torch.ones(shape, dtype=torch.bool, device=self.device)
         for item, extra in ((outer, self.made.reinterpreted), (inner, 0)):
             if item is not None:
-                item = torch.as_tensor(item, dtype=torch.bool)
-                mask = mask.to(item.device) & item.reshape(item.shape + (1,) * extra)
+                item = torch.as_tensor(item, dtype=torch.bool, device=self.device)
+                mask = mask & item.reshape(item.shape + (1,) * extra)
         return mask
 
 

@@ -12,11 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pyro_blr.blocks import Block, is_gaussian
-from pyro_blr.cuts import Moved, RowsBelow, Sum, above, below, refs_of, transform_of, wide
+from pyro_blr.cuts import Moved, Sum, refs_of, transform_of
+from pyro_blr.elementwise import is_by_rows, is_elementwise
 from pyro_blr.expressions import Latent, Recorded, Recording, Ref, refs_in
 from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.forms import UNUSABLE, mixed_dims
@@ -25,8 +23,6 @@ from pyro_blr.kinds import Form, Sort, kind_of
 from pyro_blr.likelihoods import Linear
 from pyro_blr.plans import Argument, Cut, FactorPlan, Predictor, Verdict
 from pyro_blr.probe import Probe, close
-from pyro_blr.running import isolated_random_state
-from pyro_blr.shapes import broadcast_shape
 
 __all__ = ["with_quadrature"]
 
@@ -125,8 +121,8 @@ class _Search:
                     continue
                 for nodes in itertools.islice(self._separating(level, factor, sites, count), _PAIRS):
                     cut = self._made(level, nodes, sites)
-                    if cut is not None and self._is_elementwise(plan, cut, names):
-                        return replace(cut, by_rows=self._is_by_rows(plan, cut, names))
+                    if cut is not None and is_elementwise(self.probe, plan, cut, names):
+                        return replace(cut, by_rows=is_by_rows(self.probe, plan, cut, names))
         return None
 
     def _recorded(self, factor: Factor) -> _Level | None:
@@ -247,90 +243,12 @@ class _Search:
                     return False
         return True
 
-    # -- elementwise ----------------------------------------------------------------------------------------------------
-
-    def _is_elementwise(self, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
-        """Whether each element of log f depends on its own element of every predictor alone, and is the factor's own.
-
-        Random elements of the predictors are exchanged for those at another point: an element of log f must change to what
-        it is when all are exchanged, or not at all.
-        """
-        factor, made = plan.factor, plan.factor.constructed
-        assert made is not None
-        generator = torch.Generator().manual_seed(29)
-        inputs = wide(self.graph.tape.inputs)
-        with torch.no_grad(), isolated_random_state(0):
-            env = self.probe.site_values({})
-            leaves = [self._leaves(names) for _ in range(2)]
-            points = [[above(self.graph.tape, p.argument.ref, env, x, inputs) for p in cut.predictors] for x in leaves]
-            tables = {
-                corner: self._table(factor, cut, env, [points[c][i] for i, c in enumerate(corner)], inputs)
-                for corner in itertools.product((0, 1), repeat=len(cut.predictors))
-            }
-            values = {**env, **{site: v for block, leaf in leaves[0] for site, v in block.values(leaf).items()}}
-            start = (0,) * len(cut.predictors)
-            if not _same(self._table(factor, Cut(()), values, (), inputs), tables[start]) or not bool(
-                tables[start].isfinite().any()
-            ):
-                return False
-            for _ in range(2):
-                masks = [torch.rand(p.shape, generator=generator, device="cpu") < 0.5 for p in points[0]]
-                masks = [mask.to(p.device) for mask, p in zip(masks, points[0], strict=True)]
-                mixed = [torch.where(m, y, x) for m, x, y in zip(masks, *points, strict=True)]
-                expected = torch.zeros_like(tables[start])
-                for corner, table in tables.items():
-                    here = torch.ones_like(expected, dtype=torch.bool)
-                    for mask, c in zip(masks, corner, strict=True):
-                        here = here & (mask if c else ~mask).expand_as(here)
-                    expected = torch.where(here, table, expected)
-                if not _same(self._table(factor, cut, env, mixed, inputs), expected):
-                    return False
-        return True
-
-    def _is_by_rows(self, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
-        """Whether chosen elements, evaluated by number, are what they are among all."""
-        factor, made = plan.factor, plan.factor.constructed
-        assert made is not None
-        if plan.enumerated:
-            return False
-        env, leaves = self.probe.site_values({}), self._leaves(names)
-        points = [
-            above(self.graph.tape, p.argument.ref, env, leaves, wide(self.graph.tape.inputs)) for p in cut.predictors
-        ]
-        table = self._table(factor, cut, env, points, wide(self.graph.tape.inputs)).flatten()
-        rows = torch.arange(table.numel(), device=table.device).flip(0)[::2]
-        flat = torch.stack([point.expand(made.batch_shape).flatten() for point in points], -1)
-        try:
-            found = RowsBelow(self.graph, factor, cut, made.batch_shape)
-            some, every = found(flat[rows].expand(3, -1, -1), rows), found(flat.expand(2, -1, -1), None)
-        except UNUSABLE:
-            return False
-        return _same(some[2], table[rows]) and _same(every[1], table)
-
-    def _leaves(self, names: Sequence[str]) -> list[tuple[Block, Tensor]]:
-        blocks = [self.blocks[name] for name in names]
-        return [(block, self.probe.point(block).to(block.device)) for block in blocks]
-
-    def _table(self, factor: Factor, cut: Cut, env: Any, points: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        made = factor.constructed
-        assert made is not None
-        found = below(self.graph, factor, cut, env, points, inputs)
-        return found.expand(broadcast_shape(found.shape, made.batch_shape))
-
 
 def _fits(node: Any, shape: Sequence[int]) -> bool:
     """Whether a node is a float whose elements broadcast to the elements of a factor."""
     if node.shape is None or node.dtype is None or not node.dtype.is_floating_point or len(node.shape) > len(shape):
         return False
     return all(own in (1, size) for own, size in zip(reversed(node.shape), reversed(shape), strict=False))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal up to the rounding of one element; not finite in the same places."""
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()):
-        return False
-    return bool(((a - b)[finite].abs() <= 1e-9 * (1 + a[finite].abs())).all())
 
 
 def _moved_on(cut: Cut, level: _Level) -> Cut:

@@ -55,6 +55,7 @@ LAYERS = [
     "remedies",
     "conjugacy",
     "cuts",
+    "elementwise",
     "predictors",
     "groups",
     "gathers",

@@ -1,0 +1,105 @@
+"""Whether a factor is elementwise in the predictors of a cut, as its values show."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_blr.blocks import Block
+from pyro_blr.cuts import RowsBelow, above, below, wide
+from pyro_blr.forms import UNUSABLE
+from pyro_blr.plans import Cut, FactorPlan
+from pyro_blr.probe import Probe
+from pyro_blr.running import isolated_random_state
+from pyro_blr.shapes import broadcast_shape
+
+__all__ = ["is_by_rows", "is_elementwise"]
+
+_EXCHANGES = 2
+
+
+def is_elementwise(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
+    """Whether each element of log f depends on its own element of every predictor alone, and is the factor's own.
+
+    Random elements of the predictors are exchanged for those at another point: an element of log f must change to what it is
+    when all are exchanged, or not at all.
+    """
+    generator = torch.Generator().manual_seed(29)
+    with torch.no_grad(), isolated_random_state(0):
+        env = probe.site_values({})
+        leaves = [_leaves(probe, names) for _ in range(2)]
+        points = [_points(probe, cut, env, leaf) for leaf in leaves]
+        corners = list(itertools.product((0, 1), repeat=len(cut.predictors)))
+        tables = {
+            corner: _table(probe, plan, cut, env, [points[c][i] for i, c in enumerate(corner)]) for corner in corners
+        }
+        values = {**env, **{site: v for block, leaf in leaves[0] for site, v in block.values(leaf).items()}}
+        first = tables[corners[0]]
+        if not bool(first.isfinite().any()) or not _same(_table(probe, plan, Cut(()), values, ()), first):
+            return False
+        for _ in range(_EXCHANGES):
+            masks = [(torch.rand(p.shape, generator=generator, device="cpu") < 0.5).to(p.device) for p in points[0]]
+            mixed = [torch.where(m, y, x) for m, x, y in zip(masks, *points, strict=True)]
+            if not _same(_table(probe, plan, cut, env, mixed), _chosen(tables, masks)):
+                return False
+    return True
+
+
+def is_by_rows(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
+    """Whether chosen elements, evaluated by number, are what they are among all."""
+    made = plan.factor.constructed
+    assert made is not None
+    if plan.enumerated:
+        return False
+    with torch.no_grad(), isolated_random_state(0):
+        env = probe.site_values({})
+        points = _points(probe, cut, env, _leaves(probe, names))
+        table = _table(probe, plan, cut, env, points).flatten()
+        rows = torch.arange(table.numel(), device=table.device).flip(0)[::2]
+        flat = torch.stack([point.expand(made.batch_shape).flatten() for point in points], -1)
+        try:
+            found = RowsBelow(probe.graph, plan.factor, cut, made.batch_shape)
+            some, every = found(flat[rows].expand(3, -1, -1), rows), found(flat.expand(2, -1, -1), None)
+        except UNUSABLE:
+            return False
+        return _same(some[2], table[rows]) and _same(every[1], table)
+
+
+def _leaves(probe: Probe, names: Sequence[str]) -> list[tuple[Block, Tensor]]:
+    blocks = [probe.blocks[name] for name in names]
+    return [(block, probe.point(block).to(block.device)) for block in blocks]
+
+
+def _points(probe: Probe, cut: Cut, env: Mapping[str, Tensor], leaves: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
+    tape = probe.graph.tape
+    return [above(tape, p.argument.ref, env, leaves, wide(tape.inputs)) for p in cut.predictors]
+
+
+def _table(probe: Probe, plan: FactorPlan, cut: Cut, env: Any, points: Sequence[Tensor]) -> Tensor:
+    made = plan.factor.constructed
+    assert made is not None
+    found = below(probe.graph, plan.factor, cut, env, points, wide(probe.graph.tape.inputs))
+    return found.expand(broadcast_shape(found.shape, made.batch_shape))
+
+
+def _chosen(tables: Mapping[tuple[int, ...], Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """Element by element the table of the corner that the masks name there."""
+    result = next(iter(tables.values()))
+    for corner, table in tables.items():
+        here = torch.ones_like(table, dtype=torch.bool)
+        for mask, c in zip(masks, corner, strict=True):
+            here = here & (mask if c else ~mask).expand_as(here)
+        result = torch.where(here, table, result)
+    return result
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of one element; not finite in the same places."""
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return False
+    return bool(((a - b)[finite].abs() <= 1e-9 * (1 + a[finite].abs())).all())
