@@ -13,6 +13,7 @@ from pyro_blr.checks import ImproperPosteriorError, check_natural
 from pyro_blr.draws import Draws
 from pyro_blr.estimators import standard_error
 from pyro_blr.program import Program
+from pyro_blr.quadrature import TOLERANCE
 from pyro_blr.rules import BLR, gap
 from pyro_blr.targets import Targets
 
@@ -37,7 +38,8 @@ class Ascent:
         if not self.program.is_deterministic or self.program.is_subsampled:
             return "estimate ± standard error"
         if not self.program.is_exact:
-            return "bound by quadrature"
+            error = self.program.messages.quadrature_error
+            return "bound by quadrature" + (f", within {_power_of_ten(error)} nats" if error is not None else "")
         independent = all(not self.program.messages.neighbours(name) for name in self.program.blocks)
         coupled = any(self.program.messages.is_coupled(name) for name in self.program.blocks)
         return "exact evidence" if independent and not coupled else "exact bound"
@@ -232,6 +234,11 @@ class Ascent:
             f"found an ELBO of {bound} at the draws of q, expected a finite one: some factor's log density is not finite there. "
             "Start elsewhere (init={site: value}), or check the data"
         )
+
+
+def _power_of_ten(error: float) -> str:
+    """The error rounded up to a power of ten, 1e-9 at least."""
+    return f"1e{math.ceil(math.log10(max(error, TOLERANCE))):d}"
 
 
 def _isolated_seed() -> int:

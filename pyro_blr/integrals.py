@@ -80,7 +80,7 @@ class FactorIntegral:
         self.inputs: list[Tensor] | None = None
         self.device = blocks[plan.integrated[0]].device
         self._rows: RowsBelow | None = None
-        self.error = 0.0  # of the factor, relative to its magnitude, when it was last integrated
+        self.error: float | None = None  # of E log f in nats, when it was last integrated
         self._last: tuple[Tensor, Tensor, Integrals] | None = None
 
     def __call__(self, moments: Moments, env: Mapping[str, Tensor]) -> Tensor:
@@ -105,7 +105,7 @@ class FactorIntegral:
         function = self._by_rows(shape) if self.cut.by_rows else _Rows(self, shape, env)
         found = gaussian_integrals(function, mean, covariance)
         self._last = mean, covariance, found
-        self.error = float(found.error.sum() / found.value.abs().sum().clamp_min(1e-300))
+        self.error = float(found.error.sum())
         return found
 
     def _by_rows(self, shape: torch.Size) -> LogFactor:

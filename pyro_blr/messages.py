@@ -61,6 +61,13 @@ class Messages:
         """Whether some factor is averaged over draws of the block, and its log-Jacobian with it."""
         return any(block in self.plans[name].sampled for name in self.factors_of[block])
 
+    @property
+    def quadrature_error(self) -> float | None:
+        """Nats that the integrals of all factors may be off together, as last seen; None before any was taken."""
+        integrals = [average.integral for average in self.averages.values() if average.integral is not None]
+        errors = [integral.error for integral in integrals if integral.error is not None]
+        return sum(errors) if errors else None
+
     def is_coupled(self, block: str) -> bool:
         """Whether some factor combines several batch elements of a Gaussian block, which q holds to be independent."""
         event = 1 if isinstance(self.blocks[block].family, MultivariateNormal) else 0

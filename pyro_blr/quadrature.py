@@ -120,10 +120,15 @@ class _Problem:
             if rows is None
             else (self.mean[rows], self.root[rows], self.centre[rows])
         )
-        points = mean + (root * z.unsqueeze(-2)).sum(-1)
-        found = self.function(points, rows) - centre
-        far = (z.square().sum(-1) > _REACH**2) & ~found.isfinite()
-        return torch.where(far, 0.0, found)
+        axes = []  # a sum over a last dim of two is slow
+        for i in range(mean.shape[-1]):
+            moved = sum(root[:, i, j] * z[..., j] for j in range(i + 1))
+            axes.append(mean[:, i] + moved)
+        found = self.function(torch.stack(axes).movedim(0, -1), rows) - centre
+        finite = found.isfinite()
+        if bool(finite.all()):
+            return found
+        return torch.where((z.square().sum(-1) > _REACH**2) & ~finite, 0.0, found)
 
 
 # -- Gauss-Hermite ---------------------------------------------------------------------------------------------------
