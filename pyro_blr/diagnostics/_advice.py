@@ -95,8 +95,8 @@ def _of_the_weights(facts: Facts) -> list[str]:
         steps.append(_NUTS)
         of = "above 0.7" if facts.khat >= POOR else "of few effective draws"
         return [
-            f"Do not trust this posterior: Pareto k-hat is {facts.khat:.2f}, {of}, so q lacks mass where the posterior has some. What helps: "
-            + "; or ".join(steps)
+            f"Do not trust this posterior: Pareto k-hat is {facts.khat:.2f}, {of}, so q lacks mass where the posterior has some. "
+            "What helps: " + "; or ".join(steps)
         ]
     if facts.shifted:
         return [
