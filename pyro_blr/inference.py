@@ -117,6 +117,8 @@ class BLRInference:
             self._commit(ascent)
             self._num_steps += 1
             self._history.append(ascent.bound_before())
+            # what a run before this step said of its end is no longer so
+            self._outcome = {"elbo": self._history[-1], "elbo_kind": ascent.bound_kind, "elbo_se": ascent.bound_se}
             self._bound = program, self._history[-1]
             if self._num_steps == _PATIENCE:
                 self._settle_down(program)

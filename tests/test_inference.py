@@ -478,3 +478,22 @@ def test_num_restarts_keeps_the_best() -> None:
     assert best.elbo >= min(singles)
     assert -engine.evaluate_loss(*args) == pytest.approx(best.elbo, abs=1e-9)
     assert best.history[-1] == pytest.approx(best.elbo, abs=1e-9)
+
+
+def test_a_step_after_a_run_speaks_for_itself() -> None:
+    """The bound in the posterior is that of its λ, and the run's end is no longer its end."""
+    x = torch.randn(20)
+
+    def model(x: torch.Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        tau = pyro.sample("tau", dist.Gamma(2.0, 2.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc, tau.rsqrt()), obs=x)
+
+    engine = BLRInference(model)
+    done = engine.run(x, progress=False)
+    engine.step(x + 1.0)
+    after = engine.posterior
+    assert done.converged and not after.converged and after.stop_reason == ""
+    assert after.elbo == pytest.approx(-engine.evaluate_loss(x + 1.0), abs=1e-9)
+    assert after.elbo_kind == "exact bound"
