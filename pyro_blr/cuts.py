@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,20 @@ from pyro_blr.blocks import Block
 from pyro_blr.expressions import Ref, Tape
 from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.graph import Factor, FactorGraph
-from pyro_blr.plans import Cut
+from pyro_blr.plans import Argument, Cut
 
-__all__ = ["Moved", "RowsBelow", "Sum", "above", "below", "refs_of", "transform_of", "unconstrained", "wide"]
+__all__ = [
+    "Moved",
+    "RowsBelow",
+    "Sum",
+    "above",
+    "below",
+    "known_nodes",
+    "refs_of",
+    "transform_of",
+    "unconstrained",
+    "wide",
+]
 
 
 @dataclass(frozen=True)
@@ -97,9 +108,7 @@ def below(
     inputs: Sequence[Tensor],
 ) -> Tensor:
     """log f of the distribution itself (before `to_event` sums it, without mask and scale) at values of the predictors."""
-    known = {}
-    for predictor, point in zip(cut.predictors, points, strict=True):
-        known[predictor.node] = point if predictor.transform is None else predictor.transform(point)
+    known = known_nodes(cut, points)
     if cut.log_prob is not None:
         return graph.tape.evaluate([cut.log_prob], env, inputs, known)[0]
     made = factor.constructed
@@ -109,6 +118,16 @@ def below(
     return made.distribution_class(**dict(zip(made.arguments, arguments, strict=True)), validate_args=False).log_prob(
         value
     )
+
+
+def known_nodes(cut: Cut, points: Sequence[Tensor]) -> dict[int, Tensor]:
+    """What the cut's nodes hold where its predictors have these values."""
+    if cut.predictors and cut.predictors[0].entry is not None:
+        return {cut.predictors[0].node: torch.stack(torch.broadcast_tensors(*points), -1)}
+    return {
+        predictor.node: point if predictor.transform is None else predictor.transform(point)
+        for predictor, point in zip(cut.predictors, points, strict=True)
+    }
 
 
 def wide(values: Sequence[Any]) -> list[Any]:
@@ -141,9 +160,7 @@ class RowsBelow:
 
     def __call__(self, points: Tensor, rows: Tensor | None) -> Tensor:
         """log f at points (Q, M, k) of the rows (M,): (Q, M)."""
-        known = {}
-        for predictor, point in zip(self.cut.predictors, points.unbind(-1), strict=True):
-            known[predictor.node] = point if predictor.transform is None else predictor.transform(point)
+        known = known_nodes(self.cut, points.unbind(-1))
         inputs = [_chosen(x, rows) for x in self.inputs]
         values = self.graph.tape.evaluate([_chosen(ref, rows) for ref in self.refs], {}, inputs, known)
         if self.cut.log_prob is None:
@@ -166,3 +183,22 @@ def _chosen(x: Any, rows: Tensor | None) -> Any:
     if not isinstance(x, _Flat):
         return x
     return x.rows if rows is None else x.rows[rows]
+
+
+def moved_on(cut: Cut, start: int, log_prob: Any) -> Cut:
+    """The cut in another recording of the log density: what is inside it has moved with its beginning."""
+    shift = start - cut.start
+
+    def ref(old: Any) -> Any:
+        if isinstance(old, Sum):
+            return Sum((ref(old.terms[0]), ref(old.terms[1])))
+        if isinstance(old, Moved):
+            return Moved(ref(old.ref), old.site)
+        return Ref(old.index + shift) if old.index >= cut.start else old
+
+    def argument(old: Argument) -> Argument:
+        return replace(old, ref=ref(old.ref))
+
+    predictors = tuple(replace(p, node=ref(Ref(p.node)).index, argument=argument(p.argument)) for p in cut.predictors)
+    joint = None if cut.joint is None else argument(cut.joint)
+    return Cut(predictors, joint, log_prob, start, cut.by_rows)

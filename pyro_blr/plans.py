@@ -45,11 +45,13 @@ class Predictor:
     """One number for each element of a factor's batch, affine in the variables of Gaussian blocks: what node `node` holds.
 
     `transform`: the node moves elements of a site about that is the image of its block's variable; the predictor is the variable.
+    `entry`: the predictor is one entry of the node's last dim, and the other predictor the other.
     """
 
     node: int
     argument: Argument
     transform: Any = None
+    entry: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyro_blr.blocks import Block, is_gaussian
-from pyro_blr.cuts import Moved, Sum, refs_of, transform_of
+from pyro_blr.cuts import Moved, Sum, moved_on, refs_of, transform_of
 from pyro_blr.elementwise import is_by_rows, is_elementwise
 from pyro_blr.expressions import Latent, Recorded, Recording, Ref, refs_in
 from pyro_blr.families import LogNormal, TransformedNormal
@@ -58,11 +58,13 @@ class _Search:
         self.probe = Probe(graph, blocks)
 
     def renewed(self, plan: FactorPlan) -> FactorPlan:
-        if plan.cut is None or plan.cut.log_prob is None:
+        if plan.cut is None:
             return plan
+        if plan.cut.log_prob is None:
+            return replace(plan, cut=self._entries_again(plan.cut))
         level = self._recorded(plan.factor)
         assert level is not None
-        return replace(plan, cut=_moved_on(plan.cut, level))
+        return replace(plan, cut=self._entries_again(moved_on(plan.cut, level.start, level.log_prob)))
 
     def plan(self, plan: FactorPlan) -> FactorPlan:
         names = [name for name in plan.blocks if name not in plan.enumerated]
@@ -167,6 +169,11 @@ class _Search:
         usable = [index for index in between[:_CANDIDATES] if self._ref(index, sites) is not None]
         pairs = itertools.combinations(usable, 2)
         yield from (pair for pair in pairs if self._separates(level, pair, sites))
+        for index in reversed(tape.needed(level.outputs)):
+            shape = tape.nodes[index].shape or ()
+            if shape[-1:] == (2,) and tape.latents_of(Ref(index)) & sites and len(shape) == len(made.batch_shape) + 1:
+                if self._separates(level, (index,), sites):
+                    yield index, index  # two entries of one node
 
     def _separates(self, level: _Level, nodes: Sequence[int], sites: frozenset[str]) -> bool:
         tape = self.graph.tape
@@ -185,10 +192,15 @@ class _Search:
 
     def _made(self, level: _Level, nodes: Sequence[int], sites: frozenset[str]) -> Cut | None:
         predictors: list[Predictor] = []
-        for node in nodes:
+        entries = len(nodes) == 2 and nodes[0] == nodes[1]
+        for entry, node in enumerate(nodes):
             ref = self._ref(node, sites)
-            if ref is None:
+            if ref is None or (entries and isinstance(ref, Moved)):
                 return None
+            if entries:
+                argument = self._argument(f"predictor {entry}", self._entry(node, entry), sites)
+                predictors.append(Predictor(node, argument, None, entry))
+                continue
             transform = transform_of(self.block_of[ref.site], ref.site) if isinstance(ref, Moved) else None
             predictors.append(Predictor(node, self._argument(f"predictor {len(predictors)}", ref, sites), transform))
         joint = None
@@ -196,6 +208,29 @@ class _Search:
             refs = Sum((predictors[0].argument.ref, predictors[1].argument.ref))
             joint = self._argument("sum of predictors", refs, sites)
         return Cut(tuple(predictors), joint, level.log_prob, level.start)
+
+    def _entry(self, node: int, entry: int) -> Ref:
+        """One entry of the last dim of what a node holds, recorded on the tape."""
+        tape = self.graph.tape
+        tape.closed = False
+        try:
+            value = Recorded.wrap(tape.evaluate([Ref(node)], self.graph.values)[0], tape, node)
+            with Recording(tape):
+                return tape.reference(value.select(-1, entry))
+        finally:
+            tape.closed = True
+            self.probe = Probe(self.graph, self.blocks)
+
+    def _entries_again(self, cut: Cut) -> Cut:
+        """The cut with the entries of its node recorded on this tape."""
+        if not cut.predictors or cut.predictors[0].entry is None or cut.joint is None:
+            return cut
+        refs = [self._entry(predictor.node, entry) for entry, predictor in enumerate(cut.predictors)]
+        predictors = tuple(
+            replace(predictor, argument=replace(predictor.argument, ref=ref))
+            for predictor, ref in zip(cut.predictors, refs, strict=True)
+        )
+        return replace(cut, predictors=predictors, joint=replace(cut.joint, ref=Sum((refs[0], refs[1]))))
 
     def _argument(self, name: str, ref: Any, sites: frozenset[str]) -> Argument:
         mixed: dict[str, tuple[int, ...]] = {}
@@ -249,22 +284,3 @@ def _fits(node: Any, shape: Sequence[int]) -> bool:
     if node.shape is None or node.dtype is None or not node.dtype.is_floating_point or len(node.shape) > len(shape):
         return False
     return all(own in (1, size) for own, size in zip(reversed(node.shape), reversed(shape), strict=False))
-
-
-def _moved_on(cut: Cut, level: _Level) -> Cut:
-    """The cut in another recording of the log density: what is inside it has moved with its beginning."""
-    shift = level.start - cut.start
-
-    def ref(old: Any) -> Any:
-        if isinstance(old, Sum):
-            return Sum((ref(old.terms[0]), ref(old.terms[1])))
-        if isinstance(old, Moved):
-            return Moved(ref(old.ref), old.site)
-        return Ref(old.index + shift) if old.index >= cut.start else old
-
-    def argument(old: Argument) -> Argument:
-        return replace(old, ref=ref(old.ref))
-
-    predictors = tuple(replace(p, node=ref(Ref(p.node)).index, argument=argument(p.argument)) for p in cut.predictors)
-    joint = None if cut.joint is None else argument(cut.joint)
-    return Cut(predictors, joint, level.log_prob, level.start, cut.by_rows)

@@ -6,6 +6,7 @@ Gauss-Hermite rules of high order (or in closed form, where there are kinks) and
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +16,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import arrays, shared_path
 from pyro import poutine
 from scipy import integrate
 from torch import Tensor
 
 from pyro_blr import BLRInference
+from pyro_blr.ascent import Ascent
 from pyro_blr.quadrature import gaussian_integrals
 
 NODES, WEIGHTS = (torch.as_tensor(x) for x in np.polynomial.hermite_e.hermegauss(100))
@@ -474,6 +477,37 @@ def test_a_heteroscedastic_regression(joint: bool) -> None:
     assert posterior.elbo == pytest.approx(best, rel=1e-6)
 
 
+@pytest.mark.parametrize("written", ["two entries", "padded"])
+def test_three_classes_have_two_contrasts(written: str) -> None:
+    """Categorical logits (N, 3) of which one is zero: X @ W with W (2, 2), its two columns correlated in q."""
+    y = Y["ordinal"].long()
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 2, dtype=torch.float64), 2.0).to_event(2))
+        eta = X @ w
+        if written == "padded":
+            logits = torch.nn.functional.pad(eta, (0, 1))
+        else:
+            logits = torch.stack([eta[:, 0], eta[:, 1], torch.zeros(N, dtype=torch.float64)], -1)
+        with pyro.plate("rows", N):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    def law(a: Tensor, b: Tensor) -> Tensor:
+        logits = torch.stack([a, b, torch.zeros_like(a)], -1).log_softmax(-1)
+        return logits.gather(-1, y.unsqueeze(-1).expand(*a.shape, 1)).squeeze(-1)
+
+    design = torch.zeros(N, 2, 4, dtype=torch.float64)
+    design[:, 0, 0::2], design[:, 1, 1::2] = X, X
+
+    def bound(mean: Tensor, covariance: Tensor) -> Tensor:
+        spread = torch.einsum("nai,ij,nbj->nab", design, covariance, design)
+        return expected_under_two(law, design @ mean, spread) + normal_prior(mean, covariance)
+
+    posterior = run(model)
+    assert posterior.elbo == pytest.approx(best_gaussian(bound, 4)[2], rel=1e-6)
+    assert posterior.elbo_kind.startswith("bound by quadrature")
+
+
 def test_the_difference_of_two_sites_is_one_predictor() -> None:
     """θ ~ StudentT(μ, 2): what matters is θ − μ, whose variance is the sum of theirs."""
 
@@ -714,3 +748,29 @@ def test_what_is_not_elementwise_is_drawn() -> None:
     for model in (rows_meet, product):
         (plan,) = [p for p in plans(model, "sites").values() if p.factor.name == "y"]
         assert plan.sampled and not plan.integrated
+
+
+@pytest.mark.parametrize("name", ["breast_cancer", "a1a"])
+def test_the_logistic_oracles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of an independent program to 1e-6; on a1a at most twelve iterations, those of the start included."""
+    data = arrays(f"{name}.npz")
+    expected = json.loads(shared_path("oracles", "expected.json").read_text())[f"logistic_{name}"]
+    x = torch.as_tensor(data["x"], dtype=torch.float64)
+    x = torch.cat([torch.ones(len(x), 1, dtype=torch.float64), x], 1)
+    y = (torch.as_tensor(data["y"], dtype=torch.float64) > 0).double()
+    scale = torch.ones(x.shape[1], dtype=torch.float64)
+    if name == "a1a":
+        scale = torch.full_like(scale, 2.8072**-0.5)
+        scale[0] = 1e-5**-0.5
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros_like(scale), scale).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+    start: list[str] = []
+    at_mean = Ascent.target_at_mean
+    monkeypatch.setattr(Ascent, "target_at_mean", lambda self, name: start.append(name) or at_mean(self, name))
+    posterior = run(model)
+    assert posterior.elbo == pytest.approx(expected["bound"], rel=1e-6)
+    assert len(start) + posterior.num_steps <= (12 if name == "a1a" else 15)
