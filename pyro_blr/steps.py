@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from pyro_blr.ascent import Ascent
 from pyro_blr.checks import check_natural
 from pyro_blr.climbs import guarded_sweep, newton_start
@@ -15,10 +17,12 @@ __all__ = ["take_step"]
 
 NUM_DRAWS = 32
 LOCAL_SWEEPS = 50  # sweeps over local blocks at most, before a global step on a minibatch
+LOCAL_TOLERANCE = 1e-4  # relative change of λ below which exact local blocks are at their optimum
 INNER_STEPS = 100  # times at most that a step on a minibatch looks for its own end
 INNER_LOCAL_SWEEPS = 3  # sweeps over several local blocks each time
 INNER_TOLERANCE = 1e-3  # relative change of λ below which it has found it
-FIRST_TOLERANCE = 1e-4  # the same in the first step, which leaves the start: near a saddle λ moves slowly
+FIRST_SWEEPS = 300  # sweeps over the first minibatch at most
+FIRST_TOLERANCE = 1e-4  # relative change of λ below which they end: near a saddle λ moves slowly
 FULL_STEPS = 5  # steps at ρ = 1 before the rate shrinks, on full data
 
 schedule = RobbinsMonro(delay=1.0, decay=0.6)
@@ -34,11 +38,14 @@ def take_step(ascent: Ascent, number: int) -> None:
     if number == 0 and not program.is_exact:
         newton_start(ascent)
     local = [name for name in ascent.order if name in program.local_blocks()] if program.is_subsampled else []
+    if program.is_subsampled and program.is_exact and number == 0:
+        _first_sweeps(ascent)
+        return
     if program.is_subsampled:
         _optimise_locals(ascent, local, draws)
         rate = Passes(_steps_of_a_pass(program)).rate(number)
         if program.is_exact:
-            _implicit_step(ascent, local, rate, INNER_TOLERANCE if number > 0 else FIRST_TOLERANCE)
+            _implicit_step(ascent, local, rate)
             return
     else:
         rate = 1.0 if draws is None or number < FULL_STEPS else schedule.rate(number - FULL_STEPS + 1)
@@ -52,13 +59,17 @@ def _steps_of_a_pass(program: Program) -> float:
 
 
 def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> None:
-    """Local blocks to their optimum given the globals."""
-    previous = -math.inf
-    for _ in range(LOCAL_SWEEPS if len(local) > 1 or not ascent.program.is_exact else 1):
-        if ascent.program.is_exact:
+    """Local blocks to their optimum given the globals: exact ones until λ is still, others until the bound is."""
+    if ascent.program.is_exact:
+        for _ in range(LOCAL_SWEEPS if len(local) > 1 else 1):
+            before = dict(ascent.beliefs.naturals)
             ascent.sweep(local)
-        else:
-            guarded_sweep(ascent, draws, 1.0, None if ascent.beliefs.points else ascent.finite_estimates(draws), local)
+            if all(_is_still(before[name], ascent.beliefs.naturals[name], LOCAL_TOLERANCE) for name in local):
+                return
+        return
+    previous = -math.inf
+    for _ in range(LOCAL_SWEEPS):
+        guarded_sweep(ascent, draws, 1.0, None if ascent.beliefs.points else ascent.finite_estimates(draws), local)
         if ascent.beliefs.points:
             continue
         bound = ascent.estimate(draws)[0]
@@ -67,11 +78,28 @@ def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> N
         previous = bound
 
 
-def _implicit_step(ascent: Ascent, local: list[str], rate: float, tolerance: float) -> None:
+def _is_still(before: Tensor, after: Tensor, tolerance: float) -> bool:
+    """Whether λ has moved by no more than a small part of itself."""
+    return bool((after - before).norm() <= tolerance * before.norm())
+
+
+def _first_sweeps(ascent: Ascent) -> None:
+    """The first step, ρ = 1: full sweeps on the first minibatch, in the order that full sweeps on all data have.
+
+    They leave the start on the path that full sweeps take, and pass the saddles on it before the rate shrinks.
+    """
+    for _ in range(FIRST_SWEEPS):
+        before = dict(ascent.beliefs.naturals)
+        ascent.sweep()
+        if all(_is_still(before[name], natural, FIRST_TOLERANCE) for name, natural in ascent.beliefs.naturals.items()):
+            return
+
+
+def _implicit_step(ascent: Ascent, local: list[str], rate: float) -> None:
     """λ ← (1 − ρ) λ_t + ρ λ̂(λ), the target taken where the step ends, locals at their optimum there too.
 
     Block by block it is the maximum of the minibatch's bound − (1/ρ − 1) KL(q_λ ‖ q_λt) (Theis and Hoffman
-    2015, eq. 8); the first step, ρ = 1, is the optimum on the first minibatch alone.
+    2015, eq. 8).
 
     It sees each datum as often as the plain step, and gains several times as much from it.
     """
@@ -88,6 +116,6 @@ def _implicit_step(ascent: Ascent, local: list[str], rate: float, tolerance: flo
             check_natural(ascent.program.blocks[name], target)
             moved = ascent.rule.step(ascent.program.blocks[name].family, before[name], target, rate)
             ascent.beliefs.update(name, moved)
-            settled = settled and bool((moved - last).norm() <= tolerance * last.norm())
+            settled = settled and _is_still(last, moved, INNER_TOLERANCE)
         if settled:
             return

@@ -52,8 +52,8 @@ def groups(y: Tensor, batch: int | None = None) -> None:
 def test_a_local_latent_has_the_posterior_of_the_full_plate() -> None:
     """Five to one: neither the likelihood nor the prior of a local site counts five times."""
     y = torch.randn(3, 20) + 2 * torch.randn(20)
-    full = BLRInference(groups).run(y, tol=1e-10, progress=False)
-    engine = BLRInference(groups)
+    full = BLRInference(groups, blocks="sites").run(y, tol=1e-10, progress=False)
+    engine = BLRInference(groups, blocks="sites")
     for _ in range(400):
         engine.step(y, 4)
     mini = engine.posterior

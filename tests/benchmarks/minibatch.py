@@ -24,9 +24,13 @@ def main() -> None:
     parser.add_argument("--case", choices=list(CASES), nargs="+", default=list(CASES))
     parser.add_argument("--batches", type=int, nargs="+", help="one size or more, for the cases given")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 20)))
+    parser.add_argument(
+        "--drawn", action="store_true", help="rows that Pyro's plate draws, instead of passes in random order"
+    )
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
-    heading(f"{PASSES} passes of minibatches, seeds {options.seeds}")
+    how = "drawn by the plate" if options.drawn else "in random order"
+    heading(f"{PASSES} passes of minibatches, rows {how}, seeds {options.seeds}")
     for name in options.case:
         case, sizes = CASES[name], options.batches or BATCHES[name]
         closed: dict[int, list[float]] = {size: [] for size in sizes}
@@ -34,7 +38,8 @@ def main() -> None:
         for seed in options.seeds:
             first, optimum = case.full_batch(seed)
             for size in sizes:
-                closed[size].append((case.minibatches(seed, size) - first) / (optimum - first))
+                closed[size].append((case.minibatches(seed, size, options.drawn) - first) / (optimum - first))
+            print(f"{name}, seed {seed}: {' '.join(f'{parts[-1]:.4f}' for parts in closed.values())}", flush=True)
         for size, parts in closed.items():
             enough = sum(part >= 0.99 for part in parts)
             print(
