@@ -46,7 +46,9 @@ class BLRInference:
 
     Args:
         model: a Pyro model.
-        guide: nothing, or an `AutoExponentialFamily`; another guide takes the ordinary gradient of `loss` through `optim`.
+        guide: nothing, an `AutoExponentialFamily`, one of Pyro's autoguides, or a guide of your own: it is read as the exponential
+            families that it denotes, starts where it is, and its parameters hold the result; a point takes Newton's method, and
+            what denotes no family the ordinary gradient of `loss` through `optim`, of which `explain` says why.
         optim: a Pyro optimiser for what is not a variational parameter; Adam where it is left out and there are any.
         loss: an ELBO of Pyro's (`Trace_ELBO`, `TraceMeanField_ELBO`, `TraceEnum_ELBO`, `TraceGraph_ELBO`).
         blocks: how q factorises: `"auto"`, `"sites"`, `"elements"`, or a list of groups of site names.
@@ -110,6 +112,7 @@ class BLRInference:
             program = self._program(args, kwargs)
             ascent = self._ascent(program)
             if self._settled is program:  # the same data at a converged q: another sweep changes nothing
+                self._num_steps += 1
                 self._history.append(self._history[-1])
                 return -self._history[-1]
             loss = -ascent.bound_before()
@@ -120,7 +123,9 @@ class BLRInference:
             # what a run before this step said of its end is no longer so
             self._outcome = {"elbo": self._history[-1], "elbo_kind": ascent.bound_kind, "elbo_se": ascent.bound_se}
             self._bound = program, self._history[-1]
-            if self._num_steps == _PATIENCE:
+            if ascent.bound_kind == "exact evidence" and not self._parameters.found(program):
+                self._settled = program
+            elif self._num_steps == _PATIENCE:
                 self._settle_down(program)
             self._parameters.step(program, ascent)  # last: nothing after it can fail
         return loss

@@ -22,14 +22,13 @@ class Slot:
     """One parameter: its constrained value, and the unconstrained leaf behind it that an optimiser would move."""
 
     name: str
-    find: Callable[[], Any]  # the constrained value, as the guide itself would find it
+    find: Callable[[], Tensor]  # the unconstrained tensor, where the guide itself would find it
     constraint: Any
 
     @property
     def leaf(self) -> Tensor:
         """The unconstrained tensor that the store or the module holds."""
-        value = self.find()
-        return value.unconstrained() if hasattr(value, "unconstrained") else value
+        return self.find()
 
     @property
     def value(self) -> Tensor:
@@ -50,9 +49,9 @@ def module_slot(module: Any, path: str) -> Slot:
     owner = attrgetter(".".join(parents))(module) if parents else module
     constraint = vars(owner).get("_pyro_params", {}).get(name, (constraints.real, None))[0]
 
-    def find() -> Any:
+    def find() -> Tensor:
         with _context(module):
-            return attrgetter(path)(module)
+            return _leaf_of(attrgetter(path)(module))
 
     return Slot(path, find, constraint)
 
@@ -63,12 +62,16 @@ def statement_slot(name: str, node: Mapping[str, Any]) -> Slot:
     constraint = node["kwargs"].get("constraint", constraints.real)
     if len(node["args"]) > 1 and isinstance(node["args"][1], constraints.Constraint):
         constraint = node["args"][1]
-    held = node["value"]
+    held = _leaf_of(node["value"])
 
-    def find() -> Any:
-        return store[name] if name in store else held
+    def find() -> Tensor:
+        return store._params.get(name, held)  # store[name] would constrain it first
 
     return Slot(name, find, constraint)
+
+
+def _leaf_of(value: Any) -> Any:
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 @contextmanager
