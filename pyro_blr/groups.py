@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
+from torch.distributions import constraints
+
 from pyro_blr.blocks import Block, build_blocks, in_same_plates, is_gaussian
 from pyro_blr.conjugacy import analyse
 from pyro_blr.families import MultivariateNormal, Normal, TransformedNormal, pushforward_family
@@ -25,6 +27,12 @@ __all__ = ["Grouping", "blocks_of", "choose_groups"]
 MOST = {"affine": 2000, "quadrature": 500, "draws": 200}  # dimensions of a dense block, by its costliest common factor
 _SLACK = 1.1  # how many times its own event a large site's block may have, however large
 _NUMBERS = 2000**2  # numbers in the covariances of a block in plates
+_SCALES = (  # constraints of arguments that say how wide a distribution is
+    constraints.positive,
+    constraints.nonnegative,
+    constraints.positive_definite,
+    constraints.lower_cholesky,
+)
 _ROUNDS = 10  # of grouping, analysing, and taking back what was no longer exact
 
 
@@ -114,26 +122,48 @@ class _Search:
             self.apart |= {frozenset(pair) for a in linear for pair in a.products}
         multiplied = {frozenset(pair) for a in linear for pair in a.products}
         affine = {name for a in linear for name in a.forms if self._is_real(name)} & set(plan.analytic)
-        others = [name for name in (*plan.integrated, *plan.sampled) if name in self.candidates]
         kind = "draws" if plan.sampled else "quadrature"
+        drawn = [name for name in (*plan.integrated, *plan.sampled) if name in self.candidates]
         pairs = [(pair, "affine") for pair in combinations(sorted(affine & self.candidates), 2)]
         pairs = [(pair, how) for pair, how in pairs if frozenset(pair) not in multiplied]
-        pairs += [(pair, kind) for pair in combinations(others, 2)]
-        pairs += [((a, b), kind) for a in others for b in sorted(affine & self.candidates) if self._lean(plan, a, b)]
+        pairs += [(pair, kind) for pair in combinations(drawn, 2)]
+        pairs += [((a, b), kind) for a in drawn for b in sorted(affine & self.candidates) if self._in_location(plan, a)]
+        if plan.sampled and self._is_latent_on_the_line(plan):
+            self.apart |= self._across_scales(plan)
+        if plan.enumerated or plan.sampled and self._is_latent_on_the_line(plan):
+            pairs = [(pair, how) for pair, how in pairs if frozenset(pair) not in self._across_scales(plan)]
         return [_Edge(frozenset(pair), plan.factor.name, how) for pair, how in pairs if self._compatible(*pair)]
 
     def _is_real(self, name: str) -> bool:
         return isinstance(self.blocks[name].family, (Normal, MultivariateNormal))
 
-    def _lean(self, plan: FactorPlan, drawn: str, affine: str) -> bool:
-        """Whether a site without a closed form is correlated with one that has it given draws of the first.
+    def _in_location(self, plan: FactorPlan, drawn: str) -> bool:
+        """Whether a site without a closed form is part of a location, and so correlated with the others there.
 
-        A scale of observed data is not: E ∂² log N(y | m, s) / ∂m ∂s = 0, and apart from it the other keeps its sums over data.
+        A scale is not, if data are observed: E ∂² log N(y | m, s) / ∂m ∂s = 0; and the others keep their closed form given it.
         """
         latents_of = self.graph.tape.latents_of
-        places = [(a.role in (Linear, Vector), latents_of(a.ref)) for a in plan.arguments]
-        of_location = any(linear and drawn in names for linear, names in places)
-        return of_location or not plan.factor.is_observed
+        return any(drawn in latents_of(a.ref) for a in plan.arguments if a.role in (Linear, Vector))
+
+    def _is_latent_on_the_line(self, plan: FactorPlan) -> bool:
+        """Whether a factor is a funnel: its joint density in a real value and its scale is unbounded where the scale vanishes.
+
+        Averaged over the value by itself it is not; and draws of both are too few to see which.
+        """
+        return any(self._is_real(site) for site in self.graph.tape.latents_of(plan.factor.value))
+
+    def _across_scales(self, plan: FactorPlan) -> set[frozenset[str]]:
+        """Pairs of a site in a scale and one in the value or another argument.
+
+        Where a discrete site chooses a location for each datum, a scale that follows at once settles on the first choice.
+        """
+        made, latents_of = plan.factor.constructed, self.graph.tape.latents_of
+        scales: set[str] = set()
+        others = set(latents_of(plan.factor.value))
+        constraint_of = getattr(made.distribution_class, "arg_constraints", {}) if made is not None else {}
+        for name, ref in made.arguments.items() if made is not None else ():
+            (scales if constraint_of.get(name) in _SCALES else others).update(latents_of(ref))
+        return {frozenset((a, b)) for a in scales - others for b in others}
 
     def _compatible(self, a: str, b: str) -> bool:
         one, other = self.graph.sites[a], self.graph.sites[b]

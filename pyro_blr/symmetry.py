@@ -105,7 +105,8 @@ def _mixtures(ascent: Ascent) -> list[_Mixture]:
 def _components(ascent: Ascent, name: str) -> list[str]:
     """The blocks that a discrete block's states choose between, in closed form (given draws of others)."""
     messages = ascent.program.messages
-    return list(dict.fromkeys(b for f in _factors(ascent, name) for b in messages.plans[f].analytic))
+    plans = [messages.plans[factor] for factor in _factors(ascent, name)]
+    return list(dict.fromkeys(b for plan in plans for b in (*plan.analytic, *plan.integrated)))
 
 
 def _factors(ascent: Ascent, name: str) -> list[str]:
@@ -206,7 +207,8 @@ def _saddle_blocks(ascent: Ascent) -> list[str]:
     multiplied = {name for plan in plans for argument in plan.arguments for pair in argument.products for name in pair}
     for plan in plans:
         gaussian = [name for name in plan.sampled if is_gaussian(ascent.program.blocks[name].family)]
-        if len(gaussian) > 1 and plan.factor.is_observed:
+        sites = [site for name in gaussian for site in ascent.program.blocks[name].site_names]
+        if len(plan.factor.latents & set(sites)) > 1 and plan.factor.is_observed:
             multiplied.update(gaussian)
     return [name for name in ascent.program.blocks if name in multiplied]
 

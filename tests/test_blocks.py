@@ -394,7 +394,26 @@ def alone(group: Tensor, other: Tensor, x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(a[group], 1.0), obs=y)
 
 
+def shared_scale(group: Tensor, other: Tensor, x: Tensor, y: Tensor) -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("components", 3):
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", 60):
+        z = pyro.sample("z", dist.Categorical(torch.ones(3)))
+        pyro.sample("y", dist.Normal(mu[z], scale), obs=y)
+
+
+def horseshoe(group: Tensor, other: Tensor, x: Tensor, y: Tensor) -> None:
+    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+    with pyro.plate("columns", 4):
+        local = pyro.sample("local", dist.HalfCauchy(1.0))
+        w = pyro.sample("w", dist.Normal(0.0, tau * local))
+    pyro.sample("y", dist.Normal(w[group] + w[other] * x, 1.0).to_event(1), obs=y)
+
+
 GROUPS: list[tuple[Callable, list[str]]] = [
+    (shared_scale, ["scale", "mu", "z"]),  # the scale would settle on the first assignment
+    (horseshoe, ["tau+local", "w"]),  # a funnel in draws: the scales together, what they scale by itself
     (product, ["a", "b"]),  # each is exact given the other
     (product_and_mean, ["a", "m+b"]),  # the mean joins the smaller one
     (mixture, ["mu", "z"]),

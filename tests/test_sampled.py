@@ -57,7 +57,7 @@ def best_gaussian(log_joint: Callable) -> tuple[float, float, float]:
 
 def fitted(model: Callable, seed: int = 0, **engine: Any) -> Any:
     pyro.set_rng_seed(seed)
-    posterior = BLRInference(model, **engine).run(progress=False)
+    posterior = BLRInference(model, **{"blocks": "sites", **engine}).run(progress=False)
     assert posterior.converged, posterior.stop_reason
     if posterior.elbo_kind.startswith("bound by quadrature"):
         assert posterior.elbo_se == 0
@@ -541,9 +541,8 @@ def test_hard_shapes_give_finite_answers(model: Callable) -> None:
     posterior = BLRInference(model).run(progress=False, max_steps=300)
     assert math.isfinite(posterior.elbo)
     assert posterior.stop_reason
-    for name, natural in posterior.natural.items():
-        assert bool(natural.isfinite().all()), name
-        assert bool(posterior[name].mean.isfinite().all()), name
+    assert all(bool(natural.isfinite().all()) for natural in posterior.natural.values())
+    assert all(bool(posterior[name].mean.isfinite().all()) for name in posterior)
 
 
 def test_steps_agree_with_the_run() -> None:
