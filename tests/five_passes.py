@@ -52,7 +52,7 @@ def lda_case(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def mixture(y: Tensor, rows: Tensor | int | None = None) -> None:
-    """4,000 points in the plane, 6 components of unknown means and diagonal precisions."""
+    """20,000 points in the plane, 6 components of unknown means and diagonal precisions."""
     weights = pyro.sample("weights", dist.Dirichlet(torch.ones(6)))
     with pyro.plate("components", 6):
         mean = pyro.sample("mean", dist.Normal(0.0, 3.0).expand([2]).to_event(1))
@@ -66,9 +66,9 @@ def mixture_case(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Overlapping clusters, and means that start at points far from each other."""
     random = np.random.default_rng(seed)
     centres = 4 * random.normal(size=(6, 2))
-    y = centres[random.integers(0, 6, 4000)] + random.normal(size=(4000, 2)) * random.uniform(0.4, 1.2, size=(4000, 1))
+    y = centres[random.integers(0, 6, 20000)] + random.normal(size=(20000, 2)) * random.uniform(0.4, 1.2, size=(20000, 1))
     y = torch.as_tensor(y)
-    chosen = [int(random.integers(4000))]
+    chosen = [int(random.integers(20000))]
     for _ in range(5):
         chosen.append(int(torch.cdist(y, y[chosen]).min(-1).values.argmax()))
     return y, {"mean": y[chosen]}
@@ -126,5 +126,5 @@ def bound_of_globals(model: Callable, data: Tensor, naturals: Mapping[str, Tenso
 
 CASES = {
     "documents": Case(lda, lda_case, 500, ("theta", "z")),
-    "mixture": Case(mixture, mixture_case, 4000, ("z",)),
+    "mixture": Case(mixture, mixture_case, 20000, ("z",)),
 }

