@@ -143,6 +143,15 @@ class Programs:
         self._last = program
         return program
 
+    def saved(self) -> Callable[[], None]:
+        """What makes the present program the last one again."""
+        last = self._last
+
+        def restore() -> None:
+            self._last = last
+
+        return restore
+
     def _trace(self, args: tuple, kwargs: Mapping[str, Any]) -> poutine.Trace:
         if not self._shares:
             return run_model(self.model, args, kwargs, self._choose)

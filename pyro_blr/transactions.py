@@ -32,7 +32,7 @@ class AllOrNothing:
 
     def __enter__(self) -> AllOrNothing:
         engine = self.engine
-        self.others = [engine._q.saved()]
+        self.others = [engine._q.saved(), engine._programs.saved()]
         self.saved = {key: getattr(engine, key) for key in self._attributes}
         self.length = len(engine._history)
         self.generators = pyro.util.get_rng_state()
