@@ -26,13 +26,22 @@ def is_elementwise(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str
     """Whether each element of log f depends on its own element of every predictor alone, and is the factor's own.
 
     Random elements of the predictors are exchanged for those at another point: an element of log f must change to what it is
-    when all are exchanged, or not at all.
+    when all are exchanged, or not at all.  The predictors have the shape of log f here, as in an integral.
     """
+    try:
+        return _stands_exchanges(probe, plan, cut, names)
+    except UNUSABLE:  # a program may want its predictors in their own shape
+        return False
+
+
+def _stands_exchanges(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
     generator = torch.Generator().manual_seed(29)
     with torch.no_grad(), isolated_random_state(0):
         env = probe.site_values({})
         leaves = [_leaves(probe, names) for _ in range(2)]
-        points = [_points(probe, cut, env, leaf) for leaf in leaves]
+        made = plan.factor.constructed
+        assert made is not None
+        points = [[p.expand(made.batch_shape) for p in _points(probe, cut, env, leaf)] for leaf in leaves]
         corners = list(itertools.product((0, 1), repeat=len(cut.predictors)))
         tables = {
             corner: _table(probe, plan, cut, env, [points[c][i] for i, c in enumerate(corner)]) for corner in corners

@@ -774,3 +774,20 @@ def test_the_logistic_oracles(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     posterior = run(model)
     assert posterior.elbo == pytest.approx(expected["bound"], rel=1e-6)
     assert len(start) + posterior.num_steps <= (12 if name == "a1a" else 15)
+
+
+def test_a_predictor_that_the_program_wants_in_its_own_shape() -> None:
+    """A scalar that meets data before `unsqueeze` cannot be given one value an element: draws, and the same posterior."""
+    y = torch.stack([Y["student"], Y["student"] + 0.5], -1)
+
+    def model(unsqueezed: bool) -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        with pyro.plate("rows", N):
+            loc = (X[:, 1] * a * a).unsqueeze(-1) if unsqueezed else X[:, 1:] * a * a
+            pyro.sample("y", dist.Normal(loc, 2.0).expand((N, 2)).to_event(1), obs=y)
+
+    pyro.set_rng_seed(0)
+    init = {"a": torch.tensor(0.5, dtype=torch.float64)}
+    drawn, integrated = (BLRInference(model, init=init).run(flag, progress=False) for flag in (True, False))
+    assert integrated.elbo_kind.startswith("bound by quadrature")
+    assert drawn.elbo == pytest.approx(integrated.elbo, abs=5 * drawn.elbo_se + 1e-2)
