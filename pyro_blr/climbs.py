@@ -237,6 +237,8 @@ def guarded_sweep(
             after = ascent.finite_estimates(draws)
         except ImproperPosteriorError:
             if before is None:
+                ascent.beliefs = start
+                ascent.estimate(draws)  # raises, and says more, where the bound was not finite to begin with
                 raise
             after = None
         if after is not None and (before is None or _holds(before, after)):

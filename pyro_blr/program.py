@@ -143,6 +143,17 @@ class Programs:
         self._last = program
         return program
 
+    def learnt(self) -> Callable[[], None]:
+        """Forgets what is learnt of the model from here on: data that fail may have been judged by what is wrong with them."""
+        judged, generic, orders = dict(self._judged), dict(self._generic), {k: dict(v) for k, v in self._orders.items()}
+        chosen, shares = self._chosen, self._shares
+
+        def restore() -> None:
+            self._judged, self._generic, self._orders = judged, generic, orders
+            self._chosen, self._shares = chosen, shares
+
+        return restore
+
     def saved(self) -> Callable[[], None]:
         """What makes the present program the last one again."""
         last = self._last

@@ -33,6 +33,7 @@ class AllOrNothing:
     def __enter__(self) -> AllOrNothing:
         engine = self.engine
         self.others = [engine._q.saved(), engine._programs.saved()]
+        self.forget = engine._programs.learnt()
         self.saved = {key: getattr(engine, key) for key in self._attributes}
         self.length = len(engine._history)
         self.generators = pyro.util.get_rng_state()
@@ -45,6 +46,7 @@ class AllOrNothing:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
             self.restore()
+            self.forget()
 
     def restore(self) -> None:
         engine = self.engine
@@ -60,6 +62,8 @@ class NothingKept(AllOrNothing):
     """A look at the model that changes nothing, whether it fails or not; the first one keeps its start."""
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self.forget()
         if kind is not None or self.saved["_ready"]:
             self.restore()
         else:

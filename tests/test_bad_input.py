@@ -403,7 +403,8 @@ CASES = [
         (tensor(3.0)[0],),
         (tensor(1e6)[0],),
         ImproperPosteriorError,
-        r"found an ELBO of -inf at the draws of q, expected a finite one.*init=\{site: value\}",
+        r"found an (ELBO of -inf at the draws of q|expected log density of nan under the present q), "
+        r"expected a finite one.*init=\{site: value\}",
     ),
     Case("a negative scale", scaled, (1.0,), (-1.0,), ValueError, "Expected scale > 0 but got -1.0"),
     Case("an exception of the model's own", raises, (False,), (True,), OwnError, "^mine, unchanged"),
