@@ -70,7 +70,9 @@ class _Search:
         names = [name for name in plan.blocks if name not in plan.enumerated]
         if not plan.sampled or plan.replayed or plan.factor.constructed is None or not all(map(self._suits, names)):
             return plan
-        tape = self.graph.tape
+        tape, made = self.graph.tape, plan.factor.constructed
+        if any(x.requires_grad for x in tape.inputs_of([plan.factor.value, *made.arguments.values()])):
+            return plan  # a parameter that is learned: integrals have no gradient in it, averages over draws do
         sites = frozenset(site for name in names for site in self.blocks[name].site_names)
         if any(
             tape.latents_of(ref) & sites for ref in (plan.factor.scale, plan.factor.mask, plan.factor.constructed.mask)

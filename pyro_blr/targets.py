@@ -291,7 +291,9 @@ class Targets:
         total = total + self.messages.expected_log_jacobian([name], narrow.wide)
         if isinstance(self.blocks[name].family, LogNormal):  # of log x, whose mode it is
             total = total + self.blocks[name].scale * narrow.wide[name]["mean"].sum()
-        return float(total + self.sampled_bound(narrow, Draws(0, 0), self.messages.sampled_factors(name)).mean())
+        return float(
+            (total + self.sampled_bound(narrow, Draws(0, 0), self.messages.sampled_factors(name)).mean()).detach()
+        )
 
 
 def _at(tree: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

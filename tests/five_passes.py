@@ -66,7 +66,9 @@ def mixture_case(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Overlapping clusters, and means that start at points far from each other."""
     random = np.random.default_rng(seed)
     centres = 4 * random.normal(size=(6, 2))
-    y = centres[random.integers(0, 6, 20000)] + random.normal(size=(20000, 2)) * random.uniform(0.4, 1.2, size=(20000, 1))
+    y = centres[random.integers(0, 6, 20000)] + random.normal(size=(20000, 2)) * random.uniform(
+        0.4, 1.2, size=(20000, 1)
+    )
     y = torch.as_tensor(y)
     chosen = [int(random.integers(20000))]
     for _ in range(5):

@@ -791,3 +791,23 @@ def test_a_predictor_that_the_program_wants_in_its_own_shape() -> None:
     drawn, integrated = (BLRInference(model, init=init).run(flag, progress=False) for flag in (True, False))
     assert integrated.elbo_kind.startswith("bound by quadrature")
     assert drawn.elbo == pytest.approx(integrated.elbo, abs=5 * drawn.elbo_se + 1e-2)
+
+
+def test_a_parameter_of_an_integrated_factor_is_learned() -> None:
+    """Overdispersion beside the predictor: its factor is averaged over draws, and the parameter moves to its optimum."""
+    x = torch.randn(200, 2)
+    y = dist.NegativeBinomial(3.0, logits=x @ torch.tensor([0.5, -0.5])).sample()
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        r = pyro.param("r", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("rows", 200):
+            pyro.sample("y", dist.NegativeBinomial(r, logits=x @ w), obs=y)
+
+    engine = BLRInference(model, optim=pyro.optim.Adam({"lr": 0.1}))
+    assert "Monte Carlo" in str(engine.explain())
+    first = engine.step()
+    for _ in range(15):
+        last = engine.step()
+    assert last < first - 5
+    assert 1.5 < float(pyro.param("r").detach()) < 6.0

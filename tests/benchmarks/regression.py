@@ -128,9 +128,7 @@ def main() -> None:
         *in_turn(lambda: seconds(ours), lambda: seconds(lambda: by_hand(X, y)), options.pairs),
         "at most 2",
     )
-    print(
-        f"E[tau]: {found[0]!r} against {exact!r}: {abs(found[0] / exact - 1):.2g} apart, relatively; wanted: 1e-4"
-    )
+    print(f"E[tau]: {found[0]!r} against {exact!r}: {abs(found[0] / exact - 1):.2g} apart, relatively; wanted: 1e-4")
     sweeps((options.rows, 10_000), 3 * options.pairs)
 
 

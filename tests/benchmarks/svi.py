@@ -40,9 +40,7 @@ class Exact:
         covariance = tril @ tril.mT
         w, u, V = mean[:d], mean[d], covariance[:d, :d]
         tilted, tau = w + covariance[:d, d], (u + 0.5 * covariance[d, d]).exp()
-        residual = (
-            self.square - 2 * self.cross @ tilted + tilted @ (self.gram @ tilted) + (self.gram * V).sum()
-        )
+        residual = self.square - 2 * self.cross @ tilted + tilted @ (self.gram @ tilted) + (self.gram * V).sum()
         likelihood = 0.5 * n * (u - math.log(2 * math.pi)) - 0.5 * tau * residual
         prior = (
             -0.5 * (w @ w + V.diagonal().sum()) - 0.5 * d * math.log(2 * math.pi) - tau + u
@@ -80,9 +78,7 @@ class Exact:
         return -float(loss().detach())
 
 
-def fit_svi(
-    X: torch.Tensor, y: torch.Tensor, exact: Exact, target: float, budget: float
-) -> tuple[float, int, float]:
+def fit_svi(X: torch.Tensor, y: torch.Tensor, exact: Exact, target: float, budget: float) -> tuple[float, int, float]:
     """(seconds in SVI.step, steps, best bound) until within `NEAR` of the target, or the budget is spent."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -118,8 +114,7 @@ def main() -> None:
     warm_up()
     posteriors = []
     times = [
-        seconds(lambda: posteriors.append(BLRInference(model).run(X, y, progress=False)))
-        for _ in range(options.runs)
+        seconds(lambda: posteriors.append(BLRInference(model).run(X, y, progress=False))) for _ in range(options.runs)
     ]
     limit = BLRInference(model).run(X, y, tol=1e-9, progress=False).elbo
     print(
