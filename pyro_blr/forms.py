@@ -14,7 +14,7 @@ from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, LogNormal, W
 from pyro_blr.kinds import Form, Kind
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.plans import Argument
-from pyro_blr.probe import Probe, close
+from pyro_blr.probe import Probe, close, tolerance
 
 __all__ = [
     "UNUSABLE",
@@ -99,7 +99,11 @@ UNUSABLE = (RuntimeError, IndexError, ValueError, TypeError)
 
 
 def holds_for_other_data(probe: Probe, argument: Argument, block: Block, form: Form) -> bool:
-    """Whether a form without proof is more than a coincidence of the data, as far as the program takes other data."""
+    """Whether a form without proof is more than a coincidence of the data, as far as the program takes other data, and is that
+    of every output, not only of the largest."""
+    turns = probe.assignments(argument.ref)
+    if argument.role in (Linear, Vector) and not all(_each_affine(probe, argument.ref, block) for _ in turns):
+        return False
     with probe.other_data():
         try:
             return numerical_at_all_states(probe, argument, block)[0] is form
@@ -120,6 +124,19 @@ def _for_any_data(probe: Probe, ref: Any, find: Callable[[], _T]) -> Iterator[_T
 def _affine(probe: Probe, ref: Any, block: Block, a: Tensor, b: Tensor) -> bool:
     start, end = (probe.evaluate(ref, {block.name: point}) for point in (a, b))
     return all(close(probe.evaluate(ref, {block.name: (1 - t) * a + t * b}), (1 - t) * start + t * end) for t in _STEPS)
+
+
+def _each_affine(probe: Probe, ref: Any, block: Block) -> bool:
+    """Affine output by output: each by its own size, and what the rounding of the largest would leave in it."""
+    a, b = probe.point(block), probe.point(block)
+    start, end = (probe.evaluate(ref, {block.name: point}) for point in (a, b))
+    own = start.abs() + end.abs()
+    rounding = 64 * torch.finfo(own.dtype).eps * own.max() if own.numel() else own
+    for t in _STEPS:
+        off = probe.evaluate(ref, {block.name: (1 - t) * a + t * b}) - ((1 - t) * start + t * end)
+        if not bool((off.abs() <= tolerance(off, own) * own + rounding).all()):
+            return False
+    return True
 
 
 def _positive_form(probe: Probe, ref: Any, block: Block) -> Form | None:
@@ -216,25 +233,35 @@ def _mixed_dims_here(probe: Probe, argument: Argument, block: Block) -> tuple[in
     """`mixed_dims` at the present states (negative, counted from the right).
 
     Along the other dims every output sees one index, so that one tangent serves all of them.  Seen with a generic tangent r
-    and weights s along one dim: (J r s²)(J r) = (J r s)² elementwise when each output has one index there.
+    and signs s along one dim: |J r s| = |J r| where an output has one index there.  The signs are the binary digits of the
+    indices, so that any two differ in one.  Entries of a vector, correlated with each other, count as one output.
     """
     shape = probe.leaf_shape(block)
     point = probe.point(block)
     base = probe.evaluate(argument.ref, {block.name: point})
+    rounding = base.abs().sum(-1) if argument.role is Vector else base.abs()
+
+    def moved(tangent: Tensor) -> Tensor:
+        change = probe.evaluate(argument.ref, {block.name: point + tangent}) - base
+        return ((change * contraction).sum(-1) if argument.role is Vector else change).abs()
+
+    def generic(*sizes: int) -> Tensor:
+        return torch.rand(sizes, generator=probe.generator, device="cpu", dtype=torch.float64) + 0.5
+
+    contraction = generic(*base.shape[-1:])
     mixed = []
     for dim in range(-len(shape), 0):
-        size = shape[dim]
-        if size == 1:
-            continue
-        tangent = torch.randn(tuple(shape), generator=probe.generator, device="cpu", dtype=torch.float64)
-        weights = torch.rand(size, generator=probe.generator, device="cpu", dtype=torch.float64) + 0.5
-        weights = weights.reshape(size, *[1] * (-dim - 1))
-        moved = [probe.evaluate(argument.ref, {block.name: point + tangent * weights**k}) - base for k in (0, 1, 2)]
-        if argument.role is Vector:  # its entries are correlated with each other: they count as one output
-            contraction = torch.rand(base.shape[-1], generator=probe.generator, device="cpu", dtype=torch.float64) + 0.5
-            moved = [(change * contraction).sum(-1) for change in moved]
-        if not close(moved[2] * moved[0], moved[1] ** 2):
-            mixed.append(dim)
+        tangent, size = generic(*shape), shape[dim]
+        straight = moved(tangent)
+        for digit in range((size - 1).bit_length()):
+            signs = 1.0 - 2.0 * (torch.arange(size, device="cpu") >> digit & 1)
+            turned = moved(tangent * signs.reshape(size, *[1] * (-dim - 1)))
+            scale = (
+                torch.maximum(straight, turned) + rounding
+            )  # each output by its own size: rows of data may differ much
+            if not bool(((straight - turned).abs() <= tolerance(straight, turned) * scale).all()):
+                mixed.append(dim)
+                break
     return tuple(mixed)
 
 

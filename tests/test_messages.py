@@ -213,6 +213,35 @@ def test_float32_messages_agree_to_their_precision(name: str) -> None:
     assert not check(program).failures
 
 
+def test_rows_of_very_different_sizes_are_judged_each_by_its_own() -> None:
+    """The second row, small beside the first, is the only one that combines two elements of w."""
+    source = """
+def model():
+    with pyro.plate("k", 2):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 2):
+        loc = torch.stack([3e5 * w[0], (w * torch.ones(2)).sum()])
+        pyro.sample("y", dist.Normal(loc, torch.tensor([3e5, 1.0])), obs=torch.tensor([1e5, 0.7]))
+"""
+    report = check(Written(source, {("y", "w"): True}, frozenset()))
+    assert not report.failures
+    assert report.counts["factors by quadrature"] == 2
+
+
+def test_a_small_row_is_not_taken_for_affine_because_a_large_one_is() -> None:
+    """`hypot` is unknown to the structural judge, and a billionth of the other row."""
+    source = """
+def model():
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 2):
+        loc = torch.stack([1e9 * w, torch.hypot(w, torch.ones(()))])
+        pyro.sample("y", dist.Normal(loc, torch.tensor([1e9, 1.0])), obs=torch.tensor([1e3, 0.7]))
+"""
+    report = check(Written(source, {("y", "w"): False}, frozenset()))
+    assert not report.failures
+    assert report.counts["not exact"] == 1
+
+
 @pytest.mark.parametrize("events", [2, 4], ids=["fewer events than rows", "as many"])
 def test_weights_of_rows_are_not_weights_of_events(events: int) -> None:
     """`poutine.scale` by row around a regression of several outputs: P = I + Xᵀ diag(c) X / σ² for each of them."""
