@@ -28,11 +28,11 @@ def test_the_judge_sees_the_globals_it_is_given() -> None:
     assert early < optimum - 100
 
 
-# How often each size suffices: docs/benchmarks.md. No earlier seed is here, since those chose the schedule.
-@pytest.mark.parametrize("seed", [12, 13, 14])
-@pytest.mark.parametrize(("case", "batch"), [("documents", 100), ("mixture", 1000)])
+# How often each size suffices: docs/benchmarks.md. Seeds below 70 were looked at while steps and sizes were chosen.
+@pytest.mark.parametrize("seed", [70, 71, 72])
+@pytest.mark.parametrize(("case", "batch"), [("documents", 25), ("mixture", 500)])
 def test_five_passes_close_the_gap(case: str, batch: int, seed: int) -> None:
-    """100 of 500 documents, 1,000 of 20,000 points: at least 99 % of what full sweeps gain after their first."""
+    """25 of 500 documents, 500 of 20,000 points: at least 99 % of what full sweeps gain after their first."""
     first, optimum = CASES[case].full_batch(seed)
     assert optimum > first
     assert CASES[case].minibatches(seed, batch) - first >= 0.99 * (optimum - first)
