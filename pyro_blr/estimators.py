@@ -9,11 +9,13 @@ knows neither models nor rules. Every estimator is exact, whatever the draws, fo
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 from pyro_blr.batches import BUDGET, Function, batched, gradient_and_products, gradients_at, row
 from pyro_blr.families import ExponentialFamily
@@ -94,9 +96,8 @@ def bonnet_price(
 
     def derivatives(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
         other, tangent = other[0], basis * other[1]
-        gradient = grad(function)
-        products = vmap(lambda t: jvp(lambda u: gradient(u, other), (leaf,), (t,))[1], chunk_size=inner)(tangent)
-        return gradient(leaf, other), products if whole else _diagonal_blocks(tangent, products, event)
+        gradient, products = _products(lambda u: function(u, other), leaf, tangent, inner)
+        return gradient, products if whole else _diagonal_blocks(tangent, products, event)
 
     def one_by_one(leaf: Tensor, other: Any) -> tuple[Tensor, Tensor]:
         other, tangent = other[0], basis * other[1]
@@ -104,7 +105,8 @@ def bonnet_price(
         return gradient, products if whole else _diagonal_blocks(tangent, products, event)
 
     size = max(elements, leaves[0].numel()) * min(basis.shape[0], inner)
-    gradients, hessian = batched(derivatives, leaves, (others, signs), size, one_by_one)
+    with torch.no_grad():  # of what is around: a learned parameter's graph ends here
+        gradients, hessian = batched(derivatives, leaves, (others, signs), size, one_by_one)
     hessian, result = hessian.mean(0), {"mean": gradients.mean(0)}
     if whole:
         flat = hessian.flatten(1)
@@ -113,6 +115,23 @@ def bonnet_price(
     if event:
         return {**result, "covariance": 0.25 * (hessian + hessian.mT)}
     return {**result, "variance": 0.5 * hessian}
+
+
+def _products(
+    function: Callable[[Tensor], Tensor], leaf: Tensor, tangents: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """∇f and stacked Hessian-vector products, backwards over backwards: half to a quarter of the time that
+    forwards over backwards takes, which remains for operations that are differentiated backwards once only.
+    """
+    gradient = grad(function)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="An output with one or more elements was resized")  # torch's own
+            slope, pull = vjp(gradient, leaf)[:2]
+            return slope, vmap(lambda t: pull(t)[0], chunk_size=chunk)(tangents)
+    except (RuntimeError, NotImplementedError):
+        products = vmap(lambda t: jvp(gradient, (leaf,), (t,))[1], chunk_size=chunk)(tangents)
+        return gradient(leaf), products
 
 
 def _directions(function: Function, leaves: Tensor, others: Any, event: bool, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ all blocks together, and that an element of the log density depends on its own p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +22,12 @@ from pyro_blr.graph import Factor, FactorGraph
 from pyro_blr.kinds import Form, Sort, kind_of
 from pyro_blr.likelihoods import Linear
 from pyro_blr.plans import Argument, Cut, FactorPlan, Predictor, Verdict
-from pyro_blr.probe import Probe, close
+from pyro_blr.probe import Probe
 
 __all__ = ["with_quadrature"]
 
 _CANDIDATES = 40  # nodes at most that are tried as predictors
 _PAIRS = 12  # pairs of them whose values are looked at
-_STEPS = (0.37, -0.8, 1.9)
 
 
 def with_quadrature(
@@ -165,6 +164,7 @@ class _Search:
             for index in reversed(tape.needed(level.outputs))
             if tape.latents_of(Ref(index)) & sites and _fits(tape.nodes[index], made.batch_shape)
         ]
+        between = self._possible(between, sites)
         if count == 1:
             yield from ((index,) for index in between if self._separates(level, (index,), sites))
             return
@@ -176,6 +176,24 @@ class _Search:
             if shape[-1:] == (2,) and tape.latents_of(Ref(index)) & sites and len(shape) == len(made.batch_shape) + 1:
                 if self._separates(level, (index,), sites):
                     yield index, index  # two entries of one node
+
+    def _possible(self, nodes: Sequence[int], sites: frozenset[str]) -> list[int]:
+        """The nodes without those that values alone show to be no predictors: neither affine nor one transformed site's.
+
+        All are evaluated in one pass.  A recursion of 200 steps has a thousand nodes, and judging each by its structure
+        goes through all before it.
+        """
+        refs = [Ref(index) for index in nodes]
+        try:
+            affine = Probe(self.graph, self.blocks).are_on_lines(refs, self._blocks_of(sites))
+        except UNUSABLE:
+            return list(nodes)
+        latents = [self.graph.tape.latents_of(ref) & sites for ref in refs]
+        moved = [len(mine) == 1 and any(map(self._is_transformed, mine)) for mine in latents]
+        return [index for index, *possible in zip(nodes, affine, moved, strict=True) if any(possible)]
+
+    def _blocks_of(self, sites: Iterable[str]) -> list[Block]:
+        return list({self.block_of[site].name: self.block_of[site] for site in sites}.values())
 
     def _separates(self, level: _Level, nodes: Sequence[int], sites: frozenset[str]) -> bool:
         tape = self.graph.tape
@@ -270,15 +288,8 @@ class _Search:
 
     def _is_affine(self, ref: Ref, sites: Sequence[str]) -> bool:
         """Whether values lie on a line along lines in all blocks' variables together, whatever the states of discrete sites."""
-        blocks = {self.block_of[site].name: self.block_of[site] for site in sites}.values()
-        for _ in self.probe.assignments(ref):
-            a, b = ({block.name: self.probe.point(block) for block in blocks} for _ in range(2))
-            start, end = (self.probe.evaluate(ref, point) for point in (a, b))
-            for t in _STEPS:
-                middle = self.probe.evaluate(ref, {name: (1 - t) * a[name] + t * b[name] for name in a})
-                if not close(middle, (1 - t) * start + t * end):
-                    return False
-        return True
+        blocks = self._blocks_of(sites)
+        return all(self.probe.are_on_lines([ref], blocks)[0] for _ in self.probe.assignments(ref))
 
 
 def _fits(node: Any, shape: Sequence[int]) -> bool:

@@ -37,6 +37,7 @@ _ROWS = 12  # rows of a large plate that are enough to see a form
 _LARGE = 64  # plates beyond this size are cut
 _STATES = 8  # states of a discrete site that are looked at one by one
 _TURNS = 16  # joint states of several
+_STEPS = (0.37, -0.8, 1.9)  # places on a line, from its first point to its second
 
 
 def tolerance(*values: Tensor) -> float:
@@ -172,17 +173,31 @@ class Probe:
 
     def evaluate(self, ref: Any, leaves: Mapping[str, Tensor]) -> Tensor:
         """The expression at the leaves (full shapes); its rows are cut when the program allows it."""
+        return self.evaluate_all([ref], leaves)[0]
+
+    def evaluate_all(self, refs: Sequence[Any], leaves: Mapping[str, Tensor]) -> list[Any]:
+        """Several expressions in one pass."""
         values = self.site_values(leaves)
         while True:
             cut = self._cuts[0]
             try:
                 with isolated_random_state(0), torch.no_grad():
-                    found = self.graph.tape.evaluate([ref], self._cut_values(values, cut), self._cut_inputs(cut))[0]
-                    return found.cpu() if isinstance(found, Tensor) else found
+                    found = self.graph.tape.evaluate(refs, self._cut_values(values, cut), self._cut_inputs(cut))
+                    return [value.cpu() if isinstance(value, Tensor) else value for value in found]
             except (RuntimeError, IndexError, ValueError, TypeError):
                 if not cut or self._is_other:
                     raise
                 self._cuts.pop(0)
+
+    def are_on_lines(self, refs: Sequence[Any], blocks: Sequence[Block]) -> list[bool]:
+        """Of each expression, whether its values lie on a line along a random line in all blocks' variables together."""
+        a, b = ({block.name: self.point(block) for block in blocks} for _ in range(2))
+        places = [a, b, *({name: (1 - t) * a[name] + t * b[name] for name in a} for t in _STEPS)]
+        found = zip(*(self.evaluate_all(refs, place) for place in places), strict=True)
+        return [
+            all(close(m, (1 - t) * start + t * end) for t, m in zip(_STEPS, middles, strict=True))
+            for start, end, *middles in found
+        ]
 
     def _cut_values(self, values: Mapping[str, Tensor], cut: Mapping[str, int]) -> dict[str, Tensor]:
         result = {}
