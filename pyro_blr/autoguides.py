@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyro import poutine
 from pyro.infer.autoguide import (
@@ -26,9 +26,9 @@ from torch import Tensor
 from pyro_blr.parameters import Slot, module_slot
 from pyro_blr.readings import JointGaussian, MeanField, Part, ReadGuide, States, UnreadableGuide
 from pyro_blr.running import isolated_random_state
-from pyro_blr.statements import read_statements
+from pyro_blr.statements import Statements, read_statements, survey_statements
 
-__all__ = ["read_guide"]
+__all__ = ["read_guide", "survey"]
 
 
 def read_guide(model: Callable, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> ReadGuide:
@@ -55,6 +55,37 @@ def parts_of(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[Part]:
             raise UnreadableGuide(reason)
     with isolated_random_state(0), poutine.block():
         return [read_statements(guide, args, kwargs)]
+
+
+class Survey(NamedTuple):
+    """What a guide is site by site."""
+
+    parts: list[Part]  # that denote families
+    reasons: dict[str, str]  # of every other site
+    auxiliary: frozenset[str]  # statements that are the parts' own, and no site of the model
+
+
+def survey(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> Survey:
+    """The parts of a guide that denote families, and for each of its other sites why it does not."""
+    if type(guide) is AutoGuideList:
+        found = [survey(member, args, kwargs) for member in guide]
+        reasons = {name: reason for each in found for name, reason in each.reasons.items()}
+        return Survey(
+            [p for each in found for p in each.parts], reasons, frozenset().union(*(f.auxiliary for f in found))
+        )
+    program: Any = guide
+    if not isinstance(guide, (*_READERS, *_NO_FAMILY)):
+        with isolated_random_state(0), poutine.block():
+            statements, reasons = survey_statements(guide, args, kwargs)
+        return Survey([Statements([statement]) for statement in statements], reasons, frozenset())
+    try:
+        parts = parts_of(guide, args, kwargs)
+    except UnreadableGuide as error:
+        return Survey([], dict.fromkeys(_sites(guide), str(error)), frozenset())
+    with isolated_random_state(0), poutine.block():
+        nodes: Mapping[str, Any] = poutine.trace(program).get_trace(*args, **kwargs).nodes
+    marked = {name for name, node in nodes.items() if node["type"] == "sample" and node["infer"].get("is_auxiliary")}
+    return Survey(parts, {}, frozenset(marked))
 
 
 def _named(member: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[Part]:

@@ -33,7 +33,7 @@ class Beliefs:
 
     def update(self, name: str, natural: Tensor) -> None:
         """Replaces one block's λ."""
-        self.naturals[name] = natural
+        self.naturals[name] = natural.detach()  # the model's parameters, which have a gradient, may be in it
         self.points.pop(name, None)
         self.wide.forget(name)
         self.moments.forget(name)

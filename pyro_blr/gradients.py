@@ -39,6 +39,7 @@ __all__ = [
     "check_loss",
     "check_optim",
     "reason_of",
+    "unconstrained",
 ]
 
 _LOSSES = (
@@ -194,13 +195,30 @@ def check_guide(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) 
         )
 
 
+def unconstrained(trace: pyro.poutine.Trace) -> dict[str, Tensor]:
+    """Name -> the tensor behind every parameter of a trace that an optimiser moves."""
+    nodes: Mapping[str, Any] = trace.nodes
+    values = {name: node["value"] for name, node in nodes.items() if node["type"] == "param"}
+    return {name: x.unconstrained() if hasattr(x, "unconstrained") else x for name, x in values.items()}
+
+
+def _refuse_nan(leaves: Mapping[str, Tensor], loss: float) -> None:
+    for name, leaf in leaves.items():
+        if leaf.grad is not None and bool(leaf.grad.isnan().any()):
+            raise ValueError(
+                f"parameter {name!r}: found NaN in the gradient of a loss of {loss}, expected numbers; nothing was moved. "
+                "Check the data, start elsewhere, or take smaller steps (optim)"
+            )
+
+
 class OrdinaryGradients:
     """SVI behind the engine's face, for guides that are not read as exponential families."""
 
     def __init__(self, model: Any, guide: Any, optim: Any, loss: Any, reason: str):
         self.guide, self.model, self.reason = guide, model, reason
         optim = Adam({"lr": _LEARNING_RATE}) if optim is None else optim
-        self.svi = SVI(model, guide, optim, Trace_ELBO() if loss is None else loss)
+        self.loss = Trace_ELBO() if loss is None else loss
+        self.svi = SVI(model, guide, optim, self.loss)
         self.history: list[float] = []
         self.has_run = False
         self._fit: GuideFit | None = None
@@ -208,10 +226,33 @@ class OrdinaryGradients:
     def step(self, *args: Any, **kwargs: Any) -> float:
         if not self.history:
             check_guide(self.model, self.guide, args, kwargs)
-        loss = float(self.svi.step(*args, **kwargs))
+        generators = pyro.util.get_rng_state()
+        try:
+            loss, leaves = self.gradient(args, kwargs)
+        except BaseException:
+            pyro.util.set_rng_state(generators)
+            raise
+        self.move(list(leaves.values()))
         self.has_run = True
         self.history.append(-loss)
         return loss
+
+    def gradient(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[float, dict[str, Tensor]]:
+        """(loss, name -> unconstrained parameter with the gradient of loss), as `SVI.step` has them before it moves any."""
+        with pyro.poutine.trace(param_only=True) as params:
+            try:
+                loss = float(self.svi.loss_and_grads(self.model, self.guide, *args, **kwargs))
+                leaves = unconstrained(params.trace)
+                _refuse_nan(leaves, loss)
+            except BaseException:
+                pyro.infer.util.zero_grads(unconstrained(params.trace).values())
+                raise
+        return loss, leaves
+
+    def move(self, leaves: list[Tensor]) -> None:
+        """A step of `optim`, gradients used up."""
+        self.svi.optim(list({id(leaf): leaf for leaf in leaves}.values()))
+        pyro.infer.util.zero_grads(leaves)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         loss = float(self.svi.evaluate_loss(*args, **kwargs))

@@ -23,7 +23,7 @@ from pyro_blr.gradients import (
     reason_of,
 )
 from pyro_blr.guides import AutoExponentialFamily
-from pyro_blr.points import ordinary_fit
+from pyro_blr.mixed import guide_fit
 from pyro_blr.posterior import Posterior
 from pyro_blr.program import Program, Programs
 from pyro_blr.requests import check_callable_guide, check_run_arguments, refuse_without_blocks
@@ -47,8 +47,8 @@ class BLRInference:
     Args:
         model: a Pyro model.
         guide: nothing, an `AutoExponentialFamily`, one of Pyro's autoguides, or a guide of your own: it is read as the exponential
-            families that it denotes, starts where it is, and its parameters hold the result; a point takes Newton's method, and
-            what denotes no family the ordinary gradient of `loss` through `optim`, of which `explain` says why.
+            families that it denotes, starts where it is, and its parameters hold the result; a guide of points takes Newton's
+            method, and sites that denote no family the ordinary gradient of `loss` through `optim`, of which `explain` says why.
         optim: a Pyro optimiser for what is not a variational parameter; Adam where it is left out and there are any.
         loss: an ELBO of Pyro's (`Trace_ELBO`, `TraceMeanField_ELBO`, `TraceEnum_ELBO`, `TraceGraph_ELBO`).
         blocks: how q factorises: `"auto"`, `"sites"`, `"elements"`, or a list of groups of site names.
@@ -245,7 +245,7 @@ class BLRInference:
                 self._q, self._programs, self._ordinary = q, programs, None
             except Exception as error:  # what cannot be read runs as under SVI, which says what else is wrong
                 reason = reason_of(error)
-                self._ordinary = ordinary_fit(self.model, self.guide, self.optim, self.loss, reason, args, kwargs)
+                self._ordinary = guide_fit(self.model, self.guide, self.optim, self.loss, reason, args, kwargs)
         if self._ordinary is None and self._q.refresh():  # somebody else moved the guide's parameters
             self._bound = self._settled = None
         return self._ordinary

@@ -23,7 +23,7 @@ from pyro_blr.parameters import Slot, remembered, statement_slot
 from pyro_blr.readings import Part, UnreadableGuide, independent_gaussian
 from pyro_blr.running import isolated_random_state, unwrap
 
-__all__ = ["Statements", "read_statements"]
+__all__ = ["Statements", "read_statements", "survey_statements"]
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,18 @@ def _pushed_natural(block: Block, made: Any, transform: Any) -> Tensor:
 
 
 def read_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> Statements:
-    """A guide as statements, found by moving all its parameters a little and seeing which argument is which parameter.
+    """A guide as statements; raises UnreadableGuide where one cannot be read."""
+    statements, reasons = survey_statements(guide, args, kwargs)
+    if reasons:
+        raise UnreadableGuide(next(iter(reasons.values())))
+    return Statements(statements)
 
-    An argument that equals a parameter, or a link of it, at generic values of all parameters is that parameter, and
-    depends neither on other latents nor on data.
+
+def survey_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[Statement], dict[str, str]]:
+    """The statements of a guide that are families with parameters of their own, and why each other site is not one.
+
+    All parameters are moved a little: an argument that equals a parameter, or a link of it, at generic values of all
+    parameters is that parameter, and depends neither on other latents nor on data.
     """
     trace = poutine.trace(guide).get_trace(*args, **kwargs)
     slots = {n: statement_slot(n, node) for n, node in trace.nodes.items() if node["type"] == "param"}
@@ -129,16 +137,20 @@ def read_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> State
         observed = [_observed(guide, args, kwargs, slots, names, seed) for seed in (1, 2)]
     finally:
         restore()
-    statements = [_statement(name, slots, observed) for name in names]
+    statements, reasons = [], {}
+    for name in names:
+        try:
+            statements.append(_statement(name, slots, observed))
+        except UnreadableGuide as error:
+            reasons[name] = str(error)
     used: dict[str, str] = {}
     for statement in statements:
         for argument in statement.arguments:
-            if argument.slot.name in used:
-                raise UnreadableGuide(
-                    f"{statement.site} and {used[argument.slot.name]} share the parameter {argument.slot.name!r}"
-                )
-            used[argument.slot.name] = statement.site
-    return Statements(statements)
+            first = used.setdefault(argument.slot.name, statement.site)
+            if first != statement.site:
+                text = f"{statement.site} and {first} share the parameter {argument.slot.name!r}"
+                reasons[first] = reasons[statement.site] = text
+    return [statement for statement in statements if statement.site not in reasons], reasons
 
 
 def _is_latent(node: Mapping[str, Any]) -> bool:
@@ -154,7 +166,7 @@ class _Law(NamedTuple):
 
 class _Seen(NamedTuple):
     values: dict[str, Tensor]  # parameter -> constrained value
-    laws: dict[str, _Law]
+    laws: dict[str, _Law | str]  # or why there is none
 
 
 def _observed(guide: Any, args: tuple, kwargs: Mapping[str, Any], slots: Mapping, names: list[str], seed: int) -> _Seen:
@@ -171,11 +183,16 @@ def _observed(guide: Any, args: tuple, kwargs: Mapping[str, Any], slots: Mapping
     if missing:
         raise UnreadableGuide(f"it samples {missing[0]} in some runs only")
     values = {name: slot.value.clone() for name, slot in slots.items()}
-    return _Seen(values, {name: _law(name, trace.nodes[name]["fn"]) for name in names})
+    return _Seen(values, {name: _law_or_reason(name, trace.nodes[name]["fn"]) for name in names})
 
 
 def _statement(name: str, slots: Mapping[str, Slot], observed: list[_Seen]) -> Statement:
-    laws, values = [seen.laws[name] for seen in observed], [seen.values for seen in observed]
+    values, laws = [seen.values for seen in observed], []
+    for seen in observed:
+        law = seen.laws[name]
+        if isinstance(law, str):
+            raise UnreadableGuide(law)
+        laws.append(law)
     arguments = []
     for names in _grouped(laws[0].arguments):
         tried = [find_argument(name, n, [law.arguments[n] for law in laws], slots, values) for n in names]
@@ -193,6 +210,13 @@ def _grouped(names: Iterable[str]) -> list[list[str]]:
     groups = [[name for name in names if name in group] for group in _ALTERNATIVES]
     alone = [[name] for name in names if not any(name in group for group in groups)]
     return [*alone, *(group for group in groups if group)]
+
+
+def _law_or_reason(name: str, distribution: Any) -> _Law | str:
+    try:
+        return _law(name, distribution)
+    except UnreadableGuide as error:
+        return str(error)
 
 
 def _law(name: str, distribution: Any) -> _Law:

@@ -94,6 +94,8 @@ LAYERS = [
     "autoguides",
     "gradients",
     "points",
+    "remainder",
+    "mixed",
     "symmetry",
     "renewal",
     "runs",
