@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,23 +16,47 @@ __all__ = ["lowered"]
 _aten = torch.ops.aten
 _KEEPS_VALUE = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh_copy.default}
 _KEEPS_VALUE_OF_SAME_FORM = {_aten._to_copy.default, _aten.expand.default, _aten.view.default, _aten.reshape.default}
+_NEUTRAL = {_aten.mul.Tensor: 1, _aten.mul.Scalar: 1, _aten.div.Tensor: 1, _aten.add.Tensor: 0, _aten.sub.Tensor: 0}
+_NEUTRAL |= {_aten.pow.Tensor_Scalar: 1}
+_OF_THE_FORM_ALONE = {_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default}
+_OF_THE_FORM_ALONE |= {_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default}
+_BOUND = (torch, torch._C._linalg, torch._C._special)  # type: ignore[attr-defined]  # where Python's own bindings are
 
 
 @torch.no_grad()
 def lowered(function: Callable[..., Any], example: Sequence[Tensor]) -> Callable[..., Any]:
     """The same function of tensors of the same shapes; it must be free of data-dependent Python and of side effects.
 
-    Derivatives taken inside become operations like any other.  What depends on no argument is computed now, once.
+    Derivatives taken inside become operations like any other.  What depends on no argument, or on shapes alone, is computed now, once.
     """
     module = make_fx(function)(*example)
-    fx.passes.shape_prop.ShapeProp(module).propagate(*example)
+    _View(module).run(*example)
+    _refuse_writes(module)
     _view_any_strides(module)
     _remove_identities(module)
     _fold_constants(module)
     _merge_equal(module)
     module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
+    _bind(module)
+    constants = _as_arguments(module)
+    module.graph.lint()
+    return _replayed(module, constants)
+
+
+class _View(fx.Interpreter):
+    """Runs a graph and leaves every value it takes on its node, under `example`."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        n.meta["example"] = super().run_node(n)
+        return n.meta["example"]
+
+
+def _refuse_writes(module: fx.GraphModule) -> None:
+    """A constant that is written into would be another one in the next call."""
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise NotImplementedError(f"{node.target} writes into its operand")
 
 
 def _view_any_strides(module: fx.GraphModule) -> None:
@@ -43,24 +68,23 @@ def _view_any_strides(module: fx.GraphModule) -> None:
 
 def _remove_identities(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-            continue
-        source = node.args[0]
+        source: Any = node.args[0] if node.op == "call_function" and node.args else None
         same = node.target in _KEEPS_VALUE
-        if node.target in _KEEPS_VALUE_OF_SAME_FORM or node.target in _NEUTRAL:
+        if node.target is _aten.cat.default and len(source) == 1:
+            source, same = source[0], True
+        elif node.target in _KEEPS_VALUE_OF_SAME_FORM or node.target in _NEUTRAL:
             same = _form(node) is not None and _form(node) == _form(source)
             same = same and (node.target not in _NEUTRAL or node.args[1] == _NEUTRAL[node.target])
-        if same:
+        elif node.target is _aten.slice.Tensor:
+            same = _form(node) == _form(source) and len(node.args) < 5  # of step one
+        if same and isinstance(source, fx.Node):
             node.replace_all_uses_with(source)
             module.graph.erase_node(node)
 
 
-_NEUTRAL = {_aten.mul.Tensor: 1, _aten.mul.Scalar: 1, _aten.div.Tensor: 1, _aten.add.Tensor: 0, _aten.sub.Tensor: 0}
-
-
-def _form(node: fx.Node) -> Any:
-    meta: Any = node.meta.get("tensor_meta")
-    return (meta.shape, meta.dtype) if hasattr(meta, "shape") else None
+def _form(node: Any) -> Any:
+    value = node.meta.get("example") if isinstance(node, fx.Node) else None
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
 def _fold_constants(module: fx.GraphModule) -> None:
@@ -70,14 +94,15 @@ def _fold_constants(module: fx.GraphModule) -> None:
         if node.op == "get_attr":
             values[node] = operator.attrgetter(node.target)(module)
         elif node.op == "call_function":
-            inputs = node.all_input_nodes
-            if all(source in values for source in inputs) and not _draws(node):
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-                values[node] = node.target(*args, **kwargs)
+            known = all(source in values for source in node.all_input_nodes) and not _draws(node)
+            if known or node.target in _OF_THE_FORM_ALONE:
+                values[node] = node.meta["example"]
                 if isinstance(values[node], Tensor):
                     _replace_by_constant(module, node, values)
             elif node.target is _aten.mul.Tensor or node.target is _aten.add.Tensor:
                 _remove_neutral(module, node, values, 1.0 if node.target is _aten.mul.Tensor else 0.0)
+            elif node.target in (_aten.index_select.default, _aten.index_add.default):
+                _move_in_one_piece(module, node, values)
 
 
 def _draws(node: fx.Node) -> bool:
@@ -107,6 +132,33 @@ def _remove_neutral(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node,
                 return
 
 
+def _move_in_one_piece(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+    """Entries start, start + 1, … are a slice; adding to all of them, to zeros, is what is added."""
+    source: Any
+    index: Any
+    added: Any
+    source, dim, index, added = (*node.args, None)[:4]
+    entries = values.get(index)
+    if not isinstance(entries, Tensor) or entries.dim() != 1 or not len(entries) or _form(source) is None:
+        return
+    start, count = int(entries[0]), len(entries)
+    size = _form(source)[0][dim]
+    if not torch.equal(entries, torch.arange(start, start + count, device=entries.device, dtype=entries.dtype)):
+        return
+    if node.target is _aten.index_select.default:
+        with module.graph.inserting_before(node):
+            piece = module.graph.call_function(_aten.slice.Tensor, (source, dim, start, start + count))
+        piece.meta = dict(node.meta)
+        node.replace_all_uses_with(source if count == size else piece)
+    elif count == size and not node.kwargs and _form(added) == _form(node) and isinstance(values.get(source), Tensor):
+        if not bool((values[source] == 0).all()):
+            return
+        node.replace_all_uses_with(added)
+    else:
+        return
+    module.graph.erase_node(node)
+
+
 def _merge_equal(module: fx.GraphModule) -> None:
     """One node for equal calls on equal operands."""
     seen: dict[Any, fx.Node] = {}
@@ -129,3 +181,76 @@ def _key(tree: Any) -> Any:
     if isinstance(tree, dict):
         return tuple((name, _key(value)) for name, value in sorted(tree.items()))
     return tree if isinstance(tree, fx.Node) else (type(tree), tree)
+
+
+# -- replaying ------------------------------------------------------------------------------------------------------------
+
+
+def _bind(module: fx.GraphModule) -> None:
+    """Operations through Python's own bindings, half the cost of a call through the registry, where these do the same."""
+    for node in list(module.graph.nodes):
+        if node.target is _aten.slice.Tensor and len(node.args) == 4:
+            source, dim, start, stop = node.args
+            size = node.meta["example"].shape[dim]
+            if isinstance(start, int) and start >= 0:
+                node.target, node.args = torch.narrow, (source, dim, start, size)
+        elif node.target is _aten._to_copy.default and set(node.kwargs) <= {"dtype", "layout", "device"}:
+            value, source = node.meta["example"], node.args[0].meta["example"]
+            if value.device == source.device and value.layout == source.layout and value.dtype != source.dtype:
+                with module.graph.inserting_before(node):
+                    cast = module.graph.call_method("to", (node.args[0], value.dtype))
+                cast.meta = dict(node.meta)
+                node.replace_all_uses_with(cast)
+                module.graph.erase_node(node)
+        elif isinstance(node.target, torch._ops.OpOverload):
+            node.target = _bound(node.target, node) or node.target
+
+
+def _bound(operation: Any, node: fx.Node) -> Callable | None:
+    args: Any
+    kwargs: Any
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["example"])
+    for namespace in _BOUND:
+        function: Any = getattr(namespace, operation._schema.name.removeprefix("aten::"), None)
+        if isinstance(function, type(torch.mul)):
+            try:
+                found = function(*args, **kwargs)
+            except (TypeError, RuntimeError):
+                continue
+            if _same(found, operation(*args, **kwargs)):
+                return function
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(b, (tuple, list)):
+        return isinstance(a, (tuple, list)) and len(a) == len(b) and all(map(_same, a, b))
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and a == b
+    return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()) and torch.equal(a, b)
+
+
+def _as_arguments(module: fx.GraphModule) -> list[Any]:
+    """Constants become the first arguments, which are read faster than attributes; returns them."""
+    constants: dict[Any, fx.Node] = {}
+    first = next(iter(module.graph.nodes))
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            if node.target not in constants:
+                with module.graph.inserting_before(first):
+                    constants[node.target] = module.graph.placeholder(f"constant_{len(constants)}")
+            node.replace_all_uses_with(constants[node.target])
+            module.graph.erase_node(node)
+    return [operator.attrgetter(name)(module) for name in constants]
+
+
+def _replayed(module: fx.GraphModule, constants: list[Any]) -> Callable[..., Any]:
+    module.recompile()
+    run = functools.partial(type(module).forward, None, *constants)
+
+    def replay(*arguments: Tensor) -> Any:
+        with torch.inference_mode():  # half the bookkeeping of an operation is for derivatives
+            found = run(*arguments)
+        return tuple(item.clone() for item in found)
+
+    return replay

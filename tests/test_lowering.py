@@ -1,0 +1,117 @@
+"""Functions as flat lists of operations: the same values as the function, for any arguments, at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import oracle_case
+from torch import Tensor
+
+from pyro_blr import BLRInference
+from pyro_blr.lowering import lowered
+
+WEIGHTS = torch.arange(1.0, 10.0, dtype=torch.float64)
+
+
+def gradient(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """What only the derivative needs of its value is dropped, and the derivative's own start is a constant."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        value = (WEIGHTS * leaf.square() * y.exp()).sum() + (leaf.float() * 2).sum() + (leaf**1.0).sum()
+        return value.detach(), *torch.autograd.grad(value, leaf)
+
+
+def pieces(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Lookups of entries in order, in another order, all of them, and sums back into their places."""
+    some, back, every = torch.arange(2, 6), torch.tensor([5, 2, 2]), torch.arange(9)
+    zeros = torch.zeros_like(x)
+    return (
+        x.index_select(0, some) + 1,
+        x.index_select(0, back),
+        x.index_select(0, every) * y,
+        zeros.index_add(0, some, y[:4]),
+        zeros.index_add(0, every, y),
+        torch.ones_like(y).index_add(0, every, y),
+        x[0:9:2],
+        torch.cat([y]),
+    )
+
+
+def forms(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    matrix = torch.outer(x, x) + 20 * torch.eye(9, dtype=x.dtype)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    solved = torch.cholesky_solve(y.unsqueeze(-1), factor).squeeze(-1)
+    wide = x.new_zeros(3, 9) + y.expand(3, 9) * torch.full_like(y, 2.0)
+    return solved, info == 0, wide.float().sum(0, dtype=torch.float64), x.digamma() * 1 + 0, y.isfinite().all()
+
+
+@pytest.mark.parametrize("function", [gradient, pieces, forms])
+def test_replay_is_the_function(function: Callable) -> None:
+    generator = torch.Generator().manual_seed(0)
+    example, *others = (torch.rand(2, 9, generator=generator, dtype=torch.float64) for _ in range(4))
+    flat = lowered(function, list(example))
+    for arguments in (*others, example):
+        for found, expected in zip(flat(*arguments), function(*arguments), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+            assert not found.is_inference()
+
+
+def test_a_result_is_its_own() -> None:
+    """Neither the argument's memory nor a constant's: what a caller writes into it reaches no later call."""
+    flat = lowered(lambda x: (x, torch.zeros_like(x)), [torch.ones(3)])
+    start = torch.ones(3)
+    for found in flat(start):
+        found.add_(5)
+    assert start.tolist() == [1, 1, 1]
+    assert [found.tolist() for found in flat(start)] == [[1, 1, 1], [0, 0, 0]]
+
+
+def test_writes_are_refused() -> None:
+    """A constant that is written into would be another one at the next call."""
+
+    def counting(x: Tensor) -> tuple[Tensor]:
+        return (torch.zeros(3).add_(x),)
+
+    with pytest.raises(NotImplementedError, match="writes into its operand"):
+        lowered(counting, [torch.ones(3)])
+
+
+def schools(effects: Tensor, errors: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    precision = pyro.sample("precision", dist.Gamma(2.0, 20.0))
+    with pyro.plate("schools", len(effects)):
+        school = pyro.sample("school", dist.Normal(mean, precision.rsqrt()))
+        pyro.sample("effect", dist.Normal(school, errors), obs=effects)
+
+
+EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+CASES = [*(("schools", blocks) for blocks in ("auto", "sites", "elements"))]
+CASES += [("normal_mean_precision", "auto"), ("linear_regression", "auto"), ("ard_regression", "sites")]
+
+
+@pytest.mark.parametrize(("name", "blocks"), CASES)
+def test_sweeps_are_replayed_as_they_are(name: str, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flat sweep against the sweep that it was traced from: λ and the bound, from starts that it was not traced at."""
+    monkeypatch.setattr("pyro_blr.program.Sweeps.MANY", 3)
+    model, data = oracle_case(name)[:2] if name != "schools" else (schools, (EFFECTS, EFFECTS.abs() + 9))
+    engine = BLRInference(model, blocks=blocks)
+    for _ in range(2):
+        engine.step(*data)
+    program = engine._program(data, {})
+    for _ in range(4):
+        flat, plain = engine._ascent(program), engine._ascent(program)
+        assert flat._replayed_sweep()
+        program.sweeps.suited = False
+        plain.sweep()
+        program.sweeps.suited = True
+        coarse = any(block.dtype == torch.float32 for block in program.blocks.values())
+        relative = 1e-5 if coarse else 1e-10
+        for block, natural in plain.beliefs.naturals.items():
+            size = float(natural.abs().max())
+            torch.testing.assert_close(flat.beliefs.naturals[block], natural, rtol=relative, atol=relative * size)
+        assert flat.bound_before() == pytest.approx(plain.bound_before(), rel=relative)
+        engine._commit(flat)
