@@ -38,3 +38,14 @@ def test_two_commands_set_up_and_ci_runs_the_second() -> None:
 def test_files_that_the_readme_links_to_exist() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
     assert [t for t in targets if "://" not in t and not (ROOT / t).exists()] == []
+
+
+def test_the_lowest_versions_are_those_that_are_asked_for() -> None:
+    """`.ci/lowest.txt` pins every dependency to the version that pyproject.toml begins at."""
+    text = (ROOT / "pyproject.toml").read_text()
+    floors = dict(re.findall(r'^ *"([\w-]+)>=([\d.]+)",$', text, re.MULTILINE))
+    runtime = re.findall(r'"([\w-]+)>=', text[text.index("\ndependencies") : text.index("\n[project.optional")])
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "lowest.txt").read_text(), re.MULTILINE))
+    assert runtime and set(runtime) <= set(pins)
+    for name, pin in pins.items():
+        assert pin.removesuffix(".0") == floors[name].removesuffix(".0"), name
