@@ -268,7 +268,8 @@ def test_the_store_saves_loads_and_clears(tmp_path: Any) -> None:
     engine.evaluate_loss()
     assert float(engine.posterior["a"].mean) == pytest.approx(5.0)
     store.clear()
-    store.load(tmp_path / "store")
+    # Under torch 2.6 Pyro 1.9.1's own `load` reads nothing; this is what 1.9.2's does (pyro-ppl/pyro, pull request 3389).
+    store.set_state(torch.load(tmp_path / "store", weights_only=False))
     engine.evaluate_loss()
     assert float(engine.posterior["a"].mean) == pytest.approx(kept, abs=1e-12)
     assert float(guide.median()["a"]) == pytest.approx(kept, abs=1e-12)
