@@ -30,7 +30,7 @@ from pyro_blr.requests import check_callable_guide, check_run_arguments, refuse_
 from pyro_blr.running import isolated_random_state
 from pyro_blr.runs import Run
 from pyro_blr.starts import apply_init
-from pyro_blr.steps import take_step
+from pyro_blr.steps import first_targets, take_step
 from pyro_blr.symmetry import broken_start
 from pyro_blr.transactions import AllOrNothing, NothingKept
 
@@ -241,7 +241,9 @@ class BLRInference:
                 with isolated_random_state():
                     q = read_guide(self.model, self.guide, args, kwargs)
                     programs = Programs(q.model, q.factorisation)
-                    q.setup(programs.run(args, kwargs).graph)
+                    program = programs.run(args, kwargs)
+                    q.setup(program.graph)
+                    q.check(partial(first_targets, program, q.naturals))
                 self._q, self._programs, self._ordinary = q, programs, None
             except Exception as error:  # what cannot be read runs as under SVI, which says what else is wrong
                 reason = reason_of(error)

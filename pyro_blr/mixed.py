@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -26,7 +27,7 @@ from pyro_blr.readings import Part, ReadGuide, UnreadableGuide
 from pyro_blr.remainder import HeldModel, Substituted, rest_of
 from pyro_blr.rules import RobbinsMonro
 from pyro_blr.running import isolated_random_state, same_run, unwrap
-from pyro_blr.steps import take_step
+from pyro_blr.steps import first_targets, take_step
 
 __all__ = ["MixedFit", "guide_fit"]
 
@@ -38,11 +39,13 @@ def guide_fit(
     model: Any, guide: Any, optim: Any, loss: Any, reason: str, args: tuple, kwargs: Mapping[str, Any]
 ) -> OrdinaryGradients:
     """What fits a guide that is not families throughout: by site where some are, else all of it in one way."""
-    try:
-        with isolated_random_state():
-            return MixedFit(model, guide, optim, loss, reason, args, kwargs)
-    except Exception:  # no site is read, or the guide fails: its first step says what is wrong with it
-        return ordinary_fit(model, guide, optim, loss, reason, args, kwargs)
+    for joint in (True, False):  # sites that are linear in each other are one Gaussian where that has parameters
+        try:
+            with isolated_random_state():
+                return MixedFit(model, guide, optim, loss, reason, args, kwargs, joint=joint)
+        except Exception:  # no site is read, or the guide fails: its first step says what is wrong with it
+            continue
+    return ordinary_fit(model, guide, optim, loss, reason, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ class _Divider:
                 program(*self.args, **self.kwargs)
         return tracer.trace
 
-    def divide(self) -> Division:
-        parts, reasons, self.auxiliary = survey(self.guide, self.args, self.kwargs)
+    def divide(self, joint: bool) -> Division:
+        parts, reasons, self.auxiliary = survey(self.guide, self.args, self.kwargs, joint)
         taken = {name for name, node in self.of_model.nodes.items() if node["type"] == "param"}
         kept: list[Part] = []
         following: list[Part] = []
@@ -169,18 +172,27 @@ class MixedFit(OrdinaryGradients):
     schedule = RobbinsMonro(delay=1.0, decay=0.6)
 
     def __init__(
-        self, model: Any, guide: Any, optim: Any, loss: Any, reason: str, args: tuple, kwargs: Mapping[str, Any]
+        self,
+        model: Any,
+        guide: Any,
+        optim: Any,
+        loss: Any,
+        reason: str,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        joint: bool = True,
     ):
         super().__init__(model, guide, optim, loss, reason)
         check_guide(model, guide, args, kwargs)
-        self.division = _Divider(model, guide, args, kwargs).divide()
+        self.division = _Divider(model, guide, args, kwargs).divide(joint)
         self._held = HeldModel(model, guide, self.division.read, self.division.auxiliary, self.division.follows)
         title = getattr(guide, "__name__", type(guide).__name__)
         self._q = ReadGuide(self._held, self.division.parts, title)
         self._programs = Programs(self._q.model, self._q.factorisation)
         self._count = 0
         self._seen: Program | None = None
-        self._program(args, kwargs)
+        program = self._program(args, kwargs)
+        self._q.check(partial(first_targets, program, self._q.naturals))
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         with self._all_or_nothing():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-__all__ = ["Slot", "module_slot", "remembered", "statement_slot"]
+__all__ = ["Slot", "module_slot", "nudged", "remembered", "statement_slot"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,16 @@ def _leaf_of(value: Any) -> Any:
 def _context(module: Any) -> Iterator[None]:
     with poutine.block(), module._pyro_context:
         yield
+
+
+@torch.no_grad()
+def nudged(slots: Iterable[Slot], seed: int) -> None:
+    """Moves every parameter a little, each element by another amount."""
+    generator = torch.Generator().manual_seed(seed)
+    for slot in slots:
+        leaf = slot.leaf
+        noise = 0.05 + 0.1 * torch.rand(leaf.shape, generator=generator, device="cpu", dtype=torch.float64)
+        leaf.add_(noise.to(leaf))
 
 
 def remembered(slots: list[Slot]) -> Callable[[], None]:

@@ -55,6 +55,10 @@ class Part(ABC):
         """Sites that q holds to be jointly Gaussian, with all elements of their plates."""
         return []
 
+    def obstacle(self, blocks: Mapping[str, Block], targets: Callable[[], Mapping[str, Tensor]]) -> str:
+        """Why the guide has no parameters for where the rule moves λ; empty where it has. `targets` are of exact blocks alone."""
+        return ""
+
 
 def independent_gaussian(support: Any, event_shape: torch.Size) -> Any:
     """The family of independent Normals in the unconstrained space of a support."""
@@ -254,6 +258,11 @@ class ReadGuide(AutoExponentialFamily):
             self._writes = True
         self._held = held if held and not self._moved() else self._read()
 
+    def check(self, targets: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Raises UnreadableGuide where the guide cannot follow the rule."""
+        for obstacle in filter(None, (part.obstacle(self.blocks, targets) for part in self._parts)):
+            raise UnreadableGuide(obstacle)
+
     def _read(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for part in self._parts:
@@ -265,9 +274,8 @@ class ReadGuide(AutoExponentialFamily):
         return any(not torch.equal(slot.leaf, seen) for slot, seen in zip(self._slots, self._seen, strict=True))
 
     def notes(self) -> list[str]:
-        return [
-            f"the guide, {self.title}, is read as these families: natural gradients; its parameters hold the result"
-        ]
+        text = f"the guide, {self.title}, is read as these families: natural gradients; its parameters hold the result"
+        return [text]
 
     def refresh(self) -> bool:
         """Reads λ again if somebody else moved the parameters (a loaded store, a training loop between steps)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ from pyro_blr.blocks import Block
 from pyro_blr.families import ExponentialFamily, LogNormal, Normal, TransformedNormal, family_of
 from pyro_blr.initial import diagonal_natural
 from pyro_blr.links import Argument, find_argument
-from pyro_blr.parameters import Slot, remembered, statement_slot
+from pyro_blr.parameters import Slot, nudged, remembered, statement_slot
 from pyro_blr.readings import Part, UnreadableGuide, independent_gaussian
 from pyro_blr.running import isolated_random_state, unwrap
 
-__all__ = ["Statements", "read_statements", "survey_statements"]
+__all__ = ["Law", "Statements", "found_arguments", "is_latent", "law_of", "pyro_class", "survey_statements"]
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,6 @@ def _pushed_natural(block: Block, made: Any, transform: Any) -> Tensor:
 # Which parameter each argument is
 
 
-def read_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> Statements:
-    """A guide as statements; raises UnreadableGuide where one cannot be read."""
-    statements, reasons = survey_statements(guide, args, kwargs)
-    if reasons:
-        raise UnreadableGuide(next(iter(reasons.values())))
-    return Statements(statements)
-
-
 def survey_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[Statement], dict[str, str]]:
     """The statements of a guide that are families with parameters of their own, and why each other site is not one.
 
@@ -129,7 +121,7 @@ def survey_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tup
     """
     trace = poutine.trace(guide).get_trace(*args, **kwargs)
     slots = {n: statement_slot(n, node) for n, node in trace.nodes.items() if node["type"] == "param"}
-    names = [n for n, node in trace.nodes.items() if _is_latent(node)]
+    names = [n for n, node in trace.nodes.items() if is_latent(node)]
     if not names:
         raise UnreadableGuide("it has no sample statement")
     restore = remembered(list(slots.values()))
@@ -153,11 +145,14 @@ def survey_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tup
     return [statement for statement in statements if statement.site not in reasons], reasons
 
 
-def _is_latent(node: Mapping[str, Any]) -> bool:
+def is_latent(node: Mapping[str, Any]) -> bool:
+    """Whether a node of a trace is a sample statement without data."""
     return node["type"] == "sample" and not node["is_observed"] and not isinstance(node["fn"], _Subsample)
 
 
-class _Law(NamedTuple):
+class Law(NamedTuple):
+    """A distribution of the guide, as it was in one run."""
+
     base: Any  # the distribution that has the arguments, below Independent and a pushforward
     transform: Any  # of the pushforward
     family: ExponentialFamily | None
@@ -166,17 +161,12 @@ class _Law(NamedTuple):
 
 class _Seen(NamedTuple):
     values: dict[str, Tensor]  # parameter -> constrained value
-    laws: dict[str, _Law | str]  # or why there is none
+    laws: dict[str, Law | str]  # or why there is none
 
 
 def _observed(guide: Any, args: tuple, kwargs: Mapping[str, Any], slots: Mapping, names: list[str], seed: int) -> _Seen:
     """Values of parameters and distributions of sites with every parameter moved a little further."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for slot in slots.values():
-            leaf = slot.leaf
-            noise = 0.05 + 0.1 * torch.rand(leaf.shape, generator=generator, device="cpu", dtype=torch.float64)
-            leaf.add_(noise.to(leaf))
+    nudged(slots.values(), seed)
     with isolated_random_state(seed), torch.no_grad():
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
     missing = [name for name in names if name not in trace.nodes]
@@ -193,6 +183,14 @@ def _statement(name: str, slots: Mapping[str, Slot], observed: list[_Seen]) -> S
         if isinstance(law, str):
             raise UnreadableGuide(law)
         laws.append(law)
+    arguments = found_arguments(name, laws, slots, values)
+    return Statement(name, pyro_class(laws[0]), laws[0].family, laws[0].transform, tuple(arguments))
+
+
+def found_arguments(
+    name: str, laws: Sequence[Law], slots: Mapping[str, Slot], values: Sequence[Mapping[str, Tensor]]
+) -> list[Argument]:
+    """Which parameter each argument of a site is, the laws seen at these values of all parameters; raises where one is none."""
     arguments = []
     for names in _grouped(laws[0].arguments):
         tried = [find_argument(name, n, [law.arguments[n] for law in laws], slots, values) for n in names]
@@ -200,8 +198,12 @@ def _statement(name: str, slots: Mapping[str, Slot], observed: list[_Seen]) -> S
         if not found:
             raise UnreadableGuide(str(tried[0]))
         arguments.append(found[0])
-    cls = next(c for c in type(laws[0].base).__mro__ if issubclass(c, TorchDistributionMixin))
-    return Statement(name, cls, laws[0].family, laws[0].transform, tuple(arguments))
+    return arguments
+
+
+def pyro_class(law: Law) -> type:
+    """The class that makes the distribution from its arguments."""
+    return next(c for c in type(law.base).__mro__ if issubclass(c, TorchDistributionMixin))
 
 
 def _grouped(names: Iterable[str]) -> list[list[str]]:
@@ -212,19 +214,20 @@ def _grouped(names: Iterable[str]) -> list[list[str]]:
     return [*alone, *(group for group in groups if group)]
 
 
-def _law_or_reason(name: str, distribution: Any) -> _Law | str:
+def _law_or_reason(name: str, distribution: Any) -> Law | str:
     try:
-        return _law(name, distribution)
+        return law_of(name, distribution)
     except UnreadableGuide as error:
         return str(error)
 
 
-def _law(name: str, distribution: Any) -> _Law:
+def law_of(name: str, distribution: Any) -> Law:
+    """A statement's distribution with its arguments; raises where it is no exponential family."""
     base, family = _inner(name, distribution)
     # copies: an argument may be the parameter itself, which moves on
     arguments = {n: torch.as_tensor(getattr(base, n)).detach().clone() for n in _argument_names(base)}
     transforms = getattr(unwrap(distribution)[0], "transforms", []) if family is None else []
-    return _Law(base, ComposeTransform(list(transforms)), family, arguments)
+    return Law(base, ComposeTransform(list(transforms)), family, arguments)
 
 
 def _inner(name: str, distribution: Any) -> tuple[Any, ExponentialFamily | None]:

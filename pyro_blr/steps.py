@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent
+from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import check_natural
 from pyro_blr.climbs import guarded_sweep, newton_start
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.program import Program
 from pyro_blr.rules import Passes, RobbinsMonro
 
-__all__ = ["take_step"]
+__all__ = ["first_targets", "take_step"]
 
 NUM_DRAWS = 32
 LOCAL_SWEEPS = 50  # sweeps over local blocks at most, before a global step on a minibatch
@@ -26,6 +28,13 @@ FIRST_TOLERANCE = 1e-4  # relative change of λ below which they end: near a sad
 FULL_STEPS = 5  # steps at ρ = 1 before the rate shrinks, on full data
 
 schedule = RobbinsMonro(delay=1.0, decay=0.6)
+
+
+def first_targets(program: Program, naturals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where the rule would move each block whose messages are exact, for every element of this run."""
+    selected = {name: block.select(naturals[name], program.graph.subsamples) for name, block in program.blocks.items()}
+    ascent = Ascent(program, Beliefs(program.blocks, selected))
+    return {name: ascent.target(name, None) for name in ascent.order if program.messages.is_exact(name)}
 
 
 def take_step(ascent: Ascent, number: int) -> None:

@@ -91,6 +91,8 @@ LAYERS = [
     "links",
     "readings",
     "statements",
+    "conditionals",
+    "coefficients",
     "autoguides",
     "gradients",
     "points",
