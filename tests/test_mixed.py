@@ -302,7 +302,8 @@ def test_the_store_saves_loads_and_clears(tmp_path: Any) -> None:
     kept = {name: value.detach().clone() for name, value in store.items()}
     assert set(kept) == {"m", "alpha", "beta"}
     store.clear()
-    store.load(tmp_path / "store")
+    # Under torch 2.6 Pyro 1.9.1's own `load` reads nothing; this is what 1.9.2's does (pyro-ppl/pyro, pull request 3389).
+    store.set_state(torch.load(tmp_path / "store", weights_only=False))
     assert all(torch.equal(store[name], value) for name, value in kept.items())
     again = still(unknown_precision, point_and_gamma)
     again.step()
