@@ -138,7 +138,7 @@ def _spread(beliefs: Beliefs, name: str) -> Tensor:
 
 def _height(ascent: Ascent, name: str) -> float:
     value = ascent.targets.at_mean(name, ascent.beliefs)
-    return value if not math.isnan(value) else -math.inf
+    return value if math.isfinite(value) else -math.inf  # where a density overflows no step is to end
 
 
 @dataclass(frozen=True)

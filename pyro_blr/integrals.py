@@ -95,6 +95,8 @@ class FactorIntegral:
             _, joint = self.predictors.moments(self.cut.joint, env, moments)
             cross = 0.5 * (joint.expand(shape).flatten() - variances[0] - variances[1])
             covariance = torch.stack([variances[0], cross, cross, variances[1]], -1).unflatten(-1, (2, 2))
+        if not (mean.requires_grad or covariance.requires_grad or bool(covariance.any())):
+            return self._function(torch.Size(shape), env)(mean.unsqueeze(0), None)[0].reshape(shape)  # q is a point
         found = self._integrals(mean.detach(), covariance.detach(), torch.Size(shape), env)
         return gaussian_expectation(found, mean, covariance).reshape(shape)
 
@@ -102,11 +104,14 @@ class FactorIntegral:
         last = self._last
         if last is not None and torch.equal(last[0], mean) and torch.equal(last[1], covariance):
             return last[2]
-        function = self._by_rows(shape) if self.cut.by_rows else _Rows(self, shape, env)
-        found = gaussian_integrals(function, mean, covariance)
+        found = gaussian_integrals(self._function(shape, env), mean, covariance)
         self._last = mean, covariance, found
         self.error = float(found.error.sum())
         return found
+
+    def _function(self, shape: torch.Size, env: Mapping[str, Tensor]) -> LogFactor:
+        """log f of the rows' predictors."""
+        return self._by_rows(shape) if self.cut.by_rows else _Rows(self, shape, env)
 
     def _by_rows(self, shape: torch.Size) -> LogFactor:
         """log f of chosen rows, zero where masked."""

@@ -28,8 +28,9 @@ from pyro_blr.families import (
     TransformedNormal,
     Wishart,
 )
+from pyro_blr.generators import isolated_torch_state
 from pyro_blr.graph import FactorGraph
-from pyro_blr.running import generic_value, isolated_random_state
+from pyro_blr.running import generic_value
 
 __all__ = ["Probe", "close", "leaf_point", "leaf_shape", "tolerance"]
 
@@ -181,7 +182,7 @@ class Probe:
         while True:
             cut = self._cuts[0]
             try:
-                with isolated_random_state(0), torch.no_grad():
+                with isolated_torch_state(0), torch.no_grad():
                     found = self.graph.tape.evaluate(refs, self._cut_values(values, cut), self._cut_inputs(cut))
                     return [value.cpu() if isinstance(value, Tensor) else value for value in found]
             except (RuntimeError, IndexError, ValueError, TypeError):

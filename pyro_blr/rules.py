@@ -30,9 +30,14 @@ class BLR:
 
 
 def gap(family: ExponentialFamily, natural: Tensor, target: Tensor) -> Tensor:
-    """½ ⟨λ̂ − λ, F(λ) (λ̂ − λ)⟩, nats: the KL divergence of the straight step, to second order; shape (*batch)."""
+    """½ ⟨λ̂ − λ, F(λ) (λ̂ − λ)⟩, nats: the KL divergence of the straight step, to second order; shape (*batch).
+
+    F d = ∇_λ ⟨μ(λ), d⟩, since F = ∂μ/∂λ is symmetric.
+    """
     direction = target - natural
-    change = torch.func.jvp(family.to_expectation, (natural,), (direction,))[1]
+    with torch.enable_grad():
+        leaf = natural.detach().requires_grad_()
+        (change,) = torch.autograd.grad((family.to_expectation(leaf) * direction).sum(), leaf)
     return 0.5 * (direction * change).sum(-1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_blr.expressions import plain
+from pyro_blr.generators import devices_in_use, seed_generators
 from pyro_blr.graph import Site, log_prob
 from pyro_blr.sharing import shared_state
 
@@ -222,27 +223,15 @@ def _is_delta(distribution: Any) -> bool:
 def isolated_random_state(seed: int | None = None) -> Iterator[None]:
     """Whatever is drawn inside (torch on every device, NumPy, `random`) leaves the global generators as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = (
-        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    )
+    devices = devices_in_use()
     try:
         with torch.random.fork_rng(devices=devices):
             if seed is not None:
-                _seed_generators(seed, devices)
+                seed_generators(seed, devices)
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-def _seed_generators(seed: int, devices: Iterable[int]) -> None:
-    """Seeds what is put back afterwards, and nothing else: `torch.manual_seed` would leave its seed behind for every kind of
-    device that is not in use yet, and formats the call stack (a millisecond) to say where from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    for device in devices:
-        torch.cuda.default_generators[device].manual_seed(seed)
 
 
 def node_log_prob(node: Mapping[str, Any]) -> Tensor:

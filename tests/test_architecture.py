@@ -19,6 +19,7 @@ TOP_LEVEL = {"pyproject.toml", "README.md", "pyro_blr", "examples", "tests", "do
 LAYERS = [
     "shapes",
     "callers",
+    "generators",
     "requests",
     "families",
     "distributions",

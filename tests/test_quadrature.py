@@ -331,6 +331,17 @@ def test_regressions_with_one_predictor(name: str) -> None:
     near(run(regression(law, Y[name])), best_regression(log_prob))
 
 
+@pytest.mark.parametrize("name", sorted(ONE))
+def test_at_a_point_the_integral_is_the_density(name: str) -> None:
+    """q of no width: log p(y | X w) + log p(w) as it is."""
+    law, _ = ONE[name]
+    engine = BLRInference(regression(law, Y[name]))
+    ascent = engine._ascent(engine._program((), {}))
+    w = ascent.beliefs.wide["w"]["mean"]
+    expected = law(X @ w).log_prob(Y[name]).sum() + dist.Normal(0.0, 2.0).log_prob(w).sum()
+    assert ascent.targets.at_mean("w", ascent.beliefs) == pytest.approx(float(expected), rel=1e-12)
+
+
 def absolute(mean: Tensor, variance: Tensor) -> Tensor:
     """E|x| of x ~ N(m, v)."""
     sd = variance.sqrt()

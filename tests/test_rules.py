@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyro_blr import BLRInference
-from pyro_blr.rules import BLR, RobbinsMonro
+from pyro_blr.rules import BLR, RobbinsMonro, gap
 
 RULE = BLR()
 
@@ -53,6 +53,15 @@ def test_short_steps_follow_the_straight_line_also_where_it_leaves(name: str) ->
     target = natural + 50 * torch.randn_like(natural)
     slope = (RULE.step(family, natural, target, 1e-6) - natural) / 1e-6
     torch.testing.assert_close(slope, target - natural, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gap_is_the_square_of_the_step_in_the_fisher_metric(name: str) -> None:
+    """½ dᵀ F d with the family's own F, d = λ̂ − λ of any length and direction."""
+    family, natural, _ = make(name, (4,))
+    direction = torch.randn_like(natural)
+    expected = 0.5 * torch.einsum("bi,bij,bj->b", direction, family.fisher(natural), direction)
+    torch.testing.assert_close(gap(family, natural, natural + direction), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", sorted(PAIRS))
