@@ -241,7 +241,7 @@ def guarded_sweep(
                 ascent.estimate(draws)  # raises, and says more, where the bound was not finite to begin with
                 raise
             after = None
-        if after is not None and (before is None or _holds(before, after)):
+        if after is not None and (before is None or _holds(before, after, ascent.program.messages.quadrature_noise)):
             return Sweep(after, moved_nats(ascent, start) / rate**2, ascent.astray, rate)
         rate *= 0.5
     ascent.beliefs = start
@@ -256,9 +256,9 @@ def _sweep(ascent: Ascent, names: list[str] | None, draws: Draws | None, rate: f
         ascent.sweep([name], draws, 1.0 if whole else rate)
 
 
-def _holds(before: Tensor, after: Tensor) -> bool:
+def _holds(before: Tensor, after: Tensor, noise: float) -> bool:
     gain = after - before if after.shape == before.shape else after.mean() - before.mean().unsqueeze(0)
-    return float(gain.mean()) >= -standard_error(gain) - 1e-9 * max(1.0, abs(float(before.mean())))
+    return float(gain.mean()) >= -standard_error(gain) - noise - 1e-9 * max(1.0, abs(float(before.mean())))
 
 
 def moved_nats(ascent: Ascent, start: Beliefs) -> float:

@@ -22,6 +22,8 @@ __all__ = [
     "Sum",
     "above",
     "below",
+    "by_predictor",
+    "in_rows",
     "known_nodes",
     "refs_of",
     "transform_of",
@@ -121,13 +123,31 @@ def below(
 
 
 def known_nodes(cut: Cut, points: Sequence[Tensor]) -> dict[int, Tensor]:
-    """What the cut's nodes hold where its predictors have these values."""
+    """What the cut's nodes hold where its predictors have these values; wide ones have a last dim of their own."""
     if cut.predictors and cut.predictors[0].entry is not None:
         return {cut.predictors[0].node: torch.stack(torch.broadcast_tensors(*points), -1)}
     return {
         predictor.node: point if predictor.transform is None else predictor.transform(point)
         for predictor, point in zip(cut.predictors, points, strict=True)
     }
+
+
+def by_predictor(cut: Cut, rows: Tensor) -> list[Tensor]:
+    """The numbers of every row, (..., k), as the cut's predictors have them."""
+    parts = rows.split([predictor.width or 1 for predictor in cut.predictors], -1)
+    return [
+        part.squeeze(-1) if predictor.width is None else part
+        for predictor, part in zip(cut.predictors, parts, strict=True)
+    ]
+
+
+def in_rows(cut: Cut, values: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """The other way round: the predictors of the elements of a factor, (*shape, k)."""
+    parts = [
+        value.expand(shape).unsqueeze(-1) if predictor.width is None else value.expand(*shape, predictor.width)
+        for predictor, value in zip(cut.predictors, values, strict=True)
+    ]
+    return torch.cat(parts, -1)
 
 
 def wide(values: Sequence[Any]) -> list[Any]:

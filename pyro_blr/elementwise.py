@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from pyro_blr.blocks import Block
-from pyro_blr.cuts import RowsBelow, above, below, wide
+from pyro_blr.cuts import RowsBelow, above, below, by_predictor, in_rows, wide
 from pyro_blr.forms import UNUSABLE
 from pyro_blr.plans import Cut, FactorPlan
 from pyro_blr.probe import Probe
 from pyro_blr.running import isolated_random_state
 from pyro_blr.shapes import broadcast_shape
+from pyro_blr.smoothness import smoothness
 
-__all__ = ["is_by_rows", "is_elementwise"]
+__all__ = ["is_by_rows", "is_elementwise", "is_smooth_in_rows"]
 
 _EXCHANGES = 2
+_LINES = 4  # points, between pairs of which derivatives are looked at
 
 
 def is_elementwise(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
@@ -29,7 +31,7 @@ def is_elementwise(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str
     when all are exchanged, or not at all.  The predictors have the shape of log f here, as in an integral.
     """
     try:
-        return _stands_exchanges(probe, plan, cut, names)
+        return (_stands_exchanges_of_rows if cut.is_wide else _stands_exchanges)(probe, plan, cut, names)
     except UNUSABLE:  # a program may want its predictors in their own shape
         return False
 
@@ -56,6 +58,47 @@ def _stands_exchanges(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[
             if not _same(_table(probe, plan, cut, env, mixed), _chosen(tables, masks)):
                 return False
     return True
+
+
+def _stands_exchanges_of_rows(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
+    """The same for predictors that are many numbers a row: whole rows are exchanged."""
+    made, generator = plan.factor.constructed, torch.Generator().manual_seed(29)
+    assert made is not None
+    with torch.no_grad(), isolated_random_state(0):
+        env = probe.site_values({})
+        leaves = [_leaves(probe, names) for _ in range(2)]
+        rows = [in_rows(cut, _points(probe, cut, env, leaf), made.batch_shape) for leaf in leaves]
+        first, second = (_table(probe, plan, cut, env, by_predictor(cut, points)) for points in rows)
+        values = {**env, **{site: v for block, leaf in leaves[0] for site, v in block.values(leaf).items()}}
+        if not bool(first.isfinite().any()) or not _same(_table(probe, plan, Cut(()), values, ()), first):
+            return False
+        for _ in range(_EXCHANGES):
+            mask = (torch.rand(made.batch_shape, generator=generator, device="cpu") < 0.5).to(first.device)
+            mixed = torch.where(mask.unsqueeze(-1), rows[1], rows[0])
+            if not _same(_table(probe, plan, cut, env, by_predictor(cut, mixed)), torch.where(mask, second, first)):
+                return False
+    return True
+
+
+def is_smooth_in_rows(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
+    """Whether log f has the two derivatives in its predictors that random points need, and can be batched over points."""
+    made = plan.factor.constructed
+    assert made is not None
+    inputs = wide(probe.graph.tape.inputs)
+    with isolated_random_state(0):
+        env = probe.site_values({})
+        with torch.no_grad():
+            rows = torch.stack(
+                [in_rows(cut, _points(probe, cut, env, _leaves(probe, names)), made.batch_shape) for _ in range(_LINES)]
+            )
+
+        def total(point: Tensor, _: Any) -> Tensor:
+            return below(probe.graph, plan.factor, cut, env, by_predictor(cut, point), inputs).double().sum()
+
+        try:
+            return smoothness(total, rows, {}, rows[0].numel()) == 2
+        except UNUSABLE:
+            return False
 
 
 def is_by_rows(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:

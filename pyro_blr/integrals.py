@@ -11,16 +11,23 @@ from torch import Tensor
 from pyro_blr.arguments import Arguments, Moments
 from pyro_blr.batches import BUDGET, batched
 from pyro_blr.blocks import Block
-from pyro_blr.cuts import RowsBelow, above, below, refs_of, transform_of, wide
+from pyro_blr.cubature import random_integrals, random_values
+from pyro_blr.cuts import RowsBelow, above, below, by_predictor, refs_of, transform_of, wide
 from pyro_blr.expressions import Ref
 from pyro_blr.families import LogNormal
 from pyro_blr.graph import FactorGraph
 from pyro_blr.maps import compiled
 from pyro_blr.plans import Argument, FactorPlan
 from pyro_blr.quadrature import Integrals, LogFactor, gaussian_expectation, gaussian_integrals
+from pyro_blr.rows import RowMoments
 from pyro_blr.shapes import broadcast_shape
 
 __all__ = ["FactorIntegral", "log_jacobian"]
+
+FEWEST_POINTS, MOST_POINTS = 64, 4096  # of a row, where its predictors are many
+FRESH = 4  # times as many points judge how far these are off
+ENOUGH = 0.03  # nats of error in a factor's sum over rows that are not worth more points
+WORK = 200_000_000  # numbers at most in the second derivatives at all points of all rows
 
 
 class _PredictorMoments(Arguments):
@@ -77,14 +84,24 @@ class FactorIntegral:
         assert plan.cut is not None and plan.factor.constructed is not None
         self.graph, self.plan, self.cut, self.made = graph, plan, plan.cut, plan.factor.constructed
         self.predictors = _PredictorMoments(graph, blocks, plan)
+        self.rows = RowMoments(graph, blocks, plan) if plan.cut.is_wide else None
+        self.points = max(FEWEST_POINTS, 8 * plan.cut.numbers)
         self.inputs: list[Tensor] | None = None
         self.device = blocks[plan.integrated[0]].device
         self._rows: RowsBelow | None = None
         self.error: float | None = None  # of E log f in nats, when it was last integrated
         self._last: tuple[Tensor, Tensor, Integrals] | None = None
+        self._afresh: Callable[[], Tensor] | None = None  # the last E log f over other random points
 
     def __call__(self, moments: Moments, env: Mapping[str, Tensor]) -> Tensor:
         """E log f of the distribution itself (before `to_event` sums it, without scale), zero where it is masked."""
+        if self.rows is not None:
+            shape = self.made.batch_shape
+            mean, covariance = self.rows(moments)
+            if not (mean.requires_grad or covariance.requires_grad or bool(covariance.any())):
+                return self._of_rows(env, self.mask(shape, env))(mean.reshape(*shape, -1))  # q is a point
+            found = self._integrals(mean.detach(), covariance.detach(), shape, env)
+            return gaussian_expectation(found, mean, covariance).reshape(shape)
         parts = [self.predictors.moments(p.argument, env, moments) for p in self.cut.predictors]
         shape = broadcast_shape(self.made.batch_shape, *(mean.shape for mean, _ in parts))
         mean = torch.stack([m.expand(shape).flatten() for m, _ in parts], -1)
@@ -104,14 +121,48 @@ class FactorIntegral:
         last = self._last
         if last is not None and torch.equal(last[0], mean) and torch.equal(last[1], covariance):
             return last[2]
-        found = gaussian_integrals(self._function(shape, env), mean, covariance)
+        if self.rows is not None:
+            function = self._of_rows(env, self.mask(shape, env))
+            found = random_integrals(function, mean, covariance, shape, self.points)
+            self._afresh = lambda: random_values(function, mean, covariance, shape, FRESH * self.points)
+        else:
+            found = gaussian_integrals(self._function(shape, env), mean, covariance)
         self._last = mean, covariance, found
-        self.error = float(found.error.sum())
+        self.error = found.total_error
         return found
 
     def _function(self, shape: torch.Size, env: Mapping[str, Tensor]) -> LogFactor:
         """log f of the rows' predictors."""
         return self._by_rows(shape) if self.cut.by_rows else _Rows(self, shape, env)
+
+    @property
+    def noise(self) -> float:
+        """Nats by which derivatives may disagree with differences of values: they are averages of their own at random points."""
+        return self.error or 0.0 if self.rows is not None else 0.0
+
+    def refine(self) -> bool:
+        """Takes four times as many points from now on, if that is worth while; whether it is."""
+        if self._afresh is None or self._last is None:
+            return False
+        # q has been fitted to its points, both sets of them: only others, and more of them, tell the error
+        self.error = float((self._afresh() - self._last[2].value).sum().abs())
+        more = 4 * self.points * self.made.batch_shape.numel() * self.cut.numbers**2
+        if self.error <= ENOUGH or self.points >= MOST_POINTS or more > WORK:
+            return False
+        self.points, self._last = 4 * self.points, None
+        return True
+
+    def _of_rows(self, env: Mapping[str, Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """log f (*shape) at predictors (*shape, k), zero where masked."""
+        if self.inputs is None:
+            self.inputs = wide(self.graph.tape.inputs)
+        inputs = self.inputs
+
+        def function(rows: Tensor) -> Tensor:
+            points = by_predictor(self.cut, rows)
+            return torch.where(mask, below(self.graph, self.plan.factor, self.cut, env, points, inputs).double(), 0.0)
+
+        return function
 
     def _by_rows(self, shape: torch.Size) -> LogFactor:
         """log f of chosen rows, zero where masked."""

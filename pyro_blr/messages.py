@@ -17,7 +17,7 @@ from pyro_blr.blocks import Block
 from pyro_blr.expressions import Ref
 from pyro_blr.families import MultivariateNormal
 from pyro_blr.graph import FactorGraph
-from pyro_blr.integrals import log_jacobian
+from pyro_blr.integrals import FactorIntegral, log_jacobian
 from pyro_blr.plans import FactorPlan
 from pyro_blr.replays import Replays
 
@@ -64,9 +64,21 @@ class Messages:
     @property
     def quadrature_error(self) -> float | None:
         """Nats that the integrals of all factors may be off together, as last seen; None before any was taken."""
-        integrals = [average.integral for average in self.averages.values() if average.integral is not None]
-        errors = [integral.error for integral in integrals if integral.error is not None]
+        errors = [integral.error for integral in self._integrals if integral.error is not None]
         return sum(errors) if errors else None
+
+    @property
+    def quadrature_noise(self) -> float:
+        """Nats by which integrals over random points may contradict their own derivatives."""
+        return sum(integral.noise for integral in self._integrals)
+
+    def refine(self) -> bool:
+        """More random points from now on where that is worth while; whether it is anywhere."""
+        return any([integral.refine() for integral in self._integrals])
+
+    @property
+    def _integrals(self) -> list[FactorIntegral]:
+        return [average.integral for average in self.averages.values() if average.integral is not None]
 
     def is_coupled(self, block: str) -> bool:
         """Whether some factor combines several batch elements of a Gaussian block, which q holds to be independent."""

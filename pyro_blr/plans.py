@@ -46,12 +46,14 @@ class Predictor:
 
     `transform`: the node moves elements of a site about that is the image of its block's variable; the predictor is the variable.
     `entry`: the predictor is one entry of the node's last dim, and the other predictor the other.
+    `width`: the node's last dim holds so many numbers for each element, all of them predictors.
     """
 
     node: int
     argument: Argument
     transform: Any = None
     entry: int | None = None
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,16 @@ class Cut:
     log_prob: Any = None
     start: int = 0
     by_rows: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of an element are predictors."""
+        return sum(predictor.width or 1 for predictor in self.predictors)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether integrals over them need random points."""
+        return self.numbers > 2 or any(predictor.width is not None for predictor in self.predictors)
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,11 @@ class FactorPlan:
     def deterministic(self) -> bool:
         """Whether no draws are needed: in closed form, or by quadrature."""
         return not self.sampled
+
+    @property
+    def at_random_points(self) -> bool:
+        """Whether the average is over draws, or over random points of many predictors."""
+        return bool(self.sampled) or (self.cut is not None and self.cut.is_wide)
 
     @property
     def all_arguments(self) -> tuple[Argument, ...]:

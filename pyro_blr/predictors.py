@@ -8,26 +8,25 @@ all blocks together, and that an element of the log density depends on its own p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pyro_blr.affine import CANDIDATES, AffineNodes, fits
 from pyro_blr.blocks import Block, is_gaussian
-from pyro_blr.cuts import Moved, Sum, moved_on, refs_of, transform_of
-from pyro_blr.elementwise import is_by_rows, is_elementwise
-from pyro_blr.expressions import Latent, Recorded, Recording, Ref, refs_in
-from pyro_blr.families import LogNormal, TransformedNormal
-from pyro_blr.forms import UNUSABLE, mixed_dims
+from pyro_blr.cuts import Moved, Sum, moved_on, transform_of
+from pyro_blr.elementwise import is_by_rows, is_elementwise, is_smooth_in_rows
+from pyro_blr.expressions import Recorded, Recording, Ref
+from pyro_blr.families import TransformedNormal
+from pyro_blr.forms import UNUSABLE
 from pyro_blr.graph import Factor, FactorGraph
-from pyro_blr.kinds import Form, Sort, kind_of
-from pyro_blr.likelihoods import Linear
-from pyro_blr.plans import Argument, Cut, FactorPlan, Predictor, Verdict
-from pyro_blr.probe import Probe
+from pyro_blr.plans import Cut, FactorPlan, Predictor, Verdict
 
 __all__ = ["with_quadrature"]
 
-_CANDIDATES = 40  # nodes at most that are tried as predictors
 _PAIRS = 12  # pairs of them whose values are looked at
+_WIDEST = 64  # predictors at most of one element
+_COEFFICIENTS = 20_000_000  # of many predictors at most: they are held as a dense array
 
 
 def with_quadrature(
@@ -53,8 +52,7 @@ class _Level:
 class _Search:
     def __init__(self, graph: FactorGraph, blocks: Mapping[str, Block]):
         self.graph, self.blocks = graph, blocks
-        self.block_of = {site: block for block in blocks.values() for site in block.site_names}
-        self.probe = Probe(graph, blocks)
+        self.nodes = AffineNodes(graph, blocks)
 
     def renewed(self, plan: FactorPlan) -> FactorPlan:
         if plan.cut is None:
@@ -98,9 +96,11 @@ class _Search:
         )
 
     def _verdict(self, plan: FactorPlan, verdict: Verdict, cut: Cut) -> Verdict:
-        if self.block_of[verdict.site].name in plan.enumerated:
+        if self.nodes.block_of[verdict.site].name in plan.enumerated:
             return replace(verdict, exact=False, how="quadrature") if not verdict.exact else verdict
-        count = "one affine predictor" if len(cut.predictors) == 1 else "two affine predictors"
+        count = {1: "one affine predictor", 2: "two affine predictors"}.get(
+            cut.numbers, f"random points over {cut.numbers} affine predictors"
+        )
         reason, where = verdict.reason or f"{plan.factor.name}: no closed form in the others", ""
         if reason.endswith(")"):
             reason, _, where = reason.rpartition(" (")
@@ -112,20 +112,47 @@ class _Search:
     # -- the search ---------------------------------------------------------------------------------------------------
 
     def _cut(self, plan: FactorPlan, names: Sequence[str], sites: frozenset[str]) -> Cut | None:
-        """One predictor where that is enough, else two; at the arguments rather than inside the log density."""
+        """One predictor where that is enough, else two, else many; at the arguments rather than inside the log density."""
         factor = plan.factor
         assert factor.constructed is not None
         first = _Level((factor.value, *factor.constructed.arguments.values()), None, len(self.graph.tape.nodes))
         levels = [first] if plan.enumerated else [first, self._recorded(factor)]
-        self.probe = Probe(self.graph, self.blocks)  # one that knows the inputs of what was just recorded
+        self.nodes.renew()
         for count in (1, 2):
             for level in levels:
                 if level is None:
                     continue
                 for nodes in itertools.islice(self._separating(level, factor, sites, count), _PAIRS):
                     cut = self._made(level, nodes, sites)
-                    if cut is not None and is_elementwise(self.probe, plan, cut, names):
-                        return replace(cut, by_rows=is_by_rows(self.probe, plan, cut, names))
+                    if cut is not None and is_elementwise(self.nodes.probe, plan, cut, names):
+                        return replace(cut, by_rows=is_by_rows(self.nodes.probe, plan, cut, names))
+        if plan.enumerated:
+            return None
+        return next(filter(None, (self._wide_cut(plan, level, names, sites) for level in levels if level)), None)
+
+    def _wide_cut(self, plan: FactorPlan, level: _Level, names: Sequence[str], sites: frozenset[str]) -> Cut | None:
+        """The last affine nodes on all paths, many numbers for each element: fewer than the blocks', or draws do as well."""
+        made, blocks = plan.factor.constructed, [self.blocks[name] for name in names]
+        assert made is not None
+        dimensions = sum(block.num_directions * block.batch_shape.numel() for block in blocks)
+        for vectors_first in (False, True):
+            widths = self.nodes.last(level.outputs, made.batch_shape, sites, vectors_first)
+            if widths is None:
+                continue
+            predictors: list[Predictor] = []
+            for node, width in widths.items():
+                argument = self.nodes.argument(f"predictor {len(predictors)}", self.nodes.ref(node, sites), sites)
+                ref = argument.ref
+                transform = transform_of(self.nodes.block_of[ref.site], ref.site) if isinstance(ref, Moved) else None
+                predictors.append(Predictor(node, argument, transform, width=width))
+            cut = Cut(tuple(predictors), None, level.log_prob, level.start)
+            affordable = made.batch_shape.numel() * cut.numbers * dimensions <= _COEFFICIENTS
+            if not (2 < cut.numbers <= min(_WIDEST, dimensions - 1)) or not affordable:
+                continue
+            if is_elementwise(self.nodes.probe, plan, cut, names) and is_smooth_in_rows(
+                self.nodes.probe, plan, cut, names
+            ):
+                return cut
         return None
 
     def _recorded(self, factor: Factor) -> _Level | None:
@@ -162,51 +189,20 @@ class _Search:
         between = [
             index
             for index in reversed(tape.needed(level.outputs))
-            if tape.latents_of(Ref(index)) & sites and _fits(tape.nodes[index], made.batch_shape)
+            if tape.latents_of(Ref(index)) & sites and fits(tape.nodes[index], made.batch_shape)
         ]
-        between = self._possible(between, sites)
+        between = self.nodes.possible(between, sites)
         if count == 1:
-            yield from ((index,) for index in between if self._separates(level, (index,), sites))
+            yield from ((index,) for index in between if self.nodes.separates(level.outputs, (index,), sites))
             return
-        usable = [index for index in between[:_CANDIDATES] if self._ref(index, sites) is not None]
+        usable = [index for index in between[:CANDIDATES] if self.nodes.ref(index, sites) is not None]
         pairs = itertools.combinations(usable, 2)
-        yield from (pair for pair in pairs if self._separates(level, pair, sites))
+        yield from (pair for pair in pairs if self.nodes.separates(level.outputs, pair, sites))
         for index in reversed(tape.needed(level.outputs)):
             shape = tape.nodes[index].shape or ()
             if shape[-1:] == (2,) and tape.latents_of(Ref(index)) & sites and len(shape) == len(made.batch_shape) + 1:
-                if self._separates(level, (index,), sites):
+                if self.nodes.separates(level.outputs, (index,), sites):
                     yield index, index  # two entries of one node
-
-    def _possible(self, nodes: Sequence[int], sites: frozenset[str]) -> list[int]:
-        """The nodes without those that values alone show to be no predictors: neither affine nor one transformed site's.
-
-        All are evaluated in one pass.  A recursion of 200 steps has a thousand nodes, and judging each by its structure
-        goes through all before it.
-        """
-        refs = [Ref(index) for index in nodes]
-        try:
-            affine = Probe(self.graph, self.blocks).are_on_lines(refs, self._blocks_of(sites))
-        except UNUSABLE:
-            return list(nodes)
-        latents = [self.graph.tape.latents_of(ref) & sites for ref in refs]
-        moved = [len(mine) == 1 and any(map(self._is_transformed, mine)) for mine in latents]
-        return [index for index, *possible in zip(nodes, affine, moved, strict=True) if any(possible)]
-
-    def _blocks_of(self, sites: Iterable[str]) -> list[Block]:
-        return list({self.block_of[site].name: self.block_of[site] for site in sites}.values())
-
-    def _separates(self, level: _Level, nodes: Sequence[int], sites: frozenset[str]) -> bool:
-        tape = self.graph.tape
-        seen, stack = set(nodes), [ref.index for ref in refs_in(level.outputs)]
-        while stack:
-            index = stack.pop()
-            if index in seen or not tape.latents_of(Ref(index)) & sites:
-                continue
-            if isinstance(tape.nodes[index].function, Latent):
-                return False
-            seen.add(index)
-            stack.extend(ref.index for ref in refs_in((tape.nodes[index].args, tape.nodes[index].kwargs)))
-        return True
 
     # -- predictors ---------------------------------------------------------------------------------------------------
 
@@ -214,19 +210,21 @@ class _Search:
         predictors: list[Predictor] = []
         entries = len(nodes) == 2 and nodes[0] == nodes[1]
         for entry, node in enumerate(nodes):
-            ref = self._ref(node, sites)
+            ref = self.nodes.ref(node, sites)
             if ref is None or (entries and isinstance(ref, Moved)):
                 return None
             if entries:
-                argument = self._argument(f"predictor {entry}", self._entry(node, entry), sites)
+                argument = self.nodes.argument(f"predictor {entry}", self._entry(node, entry), sites)
                 predictors.append(Predictor(node, argument, None, entry))
                 continue
-            transform = transform_of(self.block_of[ref.site], ref.site) if isinstance(ref, Moved) else None
-            predictors.append(Predictor(node, self._argument(f"predictor {len(predictors)}", ref, sites), transform))
+            transform = transform_of(self.nodes.block_of[ref.site], ref.site) if isinstance(ref, Moved) else None
+            predictors.append(
+                Predictor(node, self.nodes.argument(f"predictor {len(predictors)}", ref, sites), transform)
+            )
         joint = None
         if len(predictors) == 2:
             refs = Sum((predictors[0].argument.ref, predictors[1].argument.ref))
-            joint = self._argument("sum of predictors", refs, sites)
+            joint = self.nodes.argument("sum of predictors", refs, sites)
         return Cut(tuple(predictors), joint, level.log_prob, level.start)
 
     def _entry(self, node: int, entry: int) -> Ref:
@@ -239,7 +237,7 @@ class _Search:
                 return tape.reference(value.select(-1, entry))
         finally:
             tape.closed = True
-            self.probe = Probe(self.graph, self.blocks)
+            self.nodes.renew()
 
     def _entries_again(self, cut: Cut) -> Cut:
         """The cut with the entries of its node recorded on this tape."""
@@ -251,49 +249,3 @@ class _Search:
             for predictor, ref in zip(cut.predictors, refs, strict=True)
         )
         return replace(cut, predictors=predictors, joint=replace(cut.joint, ref=Sum((refs[0], refs[1]))))
-
-    def _argument(self, name: str, ref: Any, sites: frozenset[str]) -> Argument:
-        mixed: dict[str, tuple[int, ...]] = {}
-        for term in ref.terms if isinstance(ref, Sum) else (ref,):
-            found = self.graph.tape.latents_of(refs_of(term)[0]) & sites
-            for block in {self.block_of[site].name: self.block_of[site] for site in sorted(found)}.values():
-                here = () if isinstance(term, Moved) else mixed_dims(self.probe, Argument(name, Linear, term), block)
-                mixed[block.name] = tuple(sorted({*mixed.get(block.name, ()), *here}))
-        return Argument(name, Linear, ref, dict.fromkeys(mixed, Form.AFFINE), mixed)
-
-    def _ref(self, node: int, sites: frozenset[str]) -> Any:
-        """The node as a predictor: `Ref` where it is affine, `Moved` where it only moves a transformed site; else None."""
-        ref = Ref(node)
-        mine = sorted(self.graph.tape.latents_of(ref) & sites)
-        transformed = [site for site in mine if self._is_transformed(site)]
-        if len(mine) == 1 and transformed:
-            kind = kind_of(self.graph.tape, ref, mine[0], Sort.REAL)
-            if kind.form is Form.SELECTION:
-                return Moved(ref, mine[0])
-        for site in mine:
-            if site in transformed:
-                continue  # affine in the logarithm of a site, say: only values tell
-            kind = kind_of(self.graph.tape, ref, site, Sort.REAL)
-            linear = kind.form in (Form.SELECTION, Form.AFFINE, Form.COMPLEMENT)
-            if not (linear or (kind.form is Form.MONOMIAL and kind.power == 1)):
-                return None
-        return ref if self._is_affine(ref, mine) else None
-
-    def _is_transformed(self, site: str) -> bool:
-        block = self.block_of[site]
-        family = block.family
-        if block.is_joint:
-            family = next(m.family for m in block.members if m.site.name == site)  # type: ignore[assignment]
-        return isinstance(family, (TransformedNormal, LogNormal))
-
-    def _is_affine(self, ref: Ref, sites: Sequence[str]) -> bool:
-        """Whether values lie on a line along lines in all blocks' variables together, whatever the states of discrete sites."""
-        blocks = self._blocks_of(sites)
-        return all(self.probe.are_on_lines([ref], blocks)[0] for _ in self.probe.assignments(ref))
-
-
-def _fits(node: Any, shape: Sequence[int]) -> bool:
-    """Whether a node is a float whose elements broadcast to the elements of a factor."""
-    if node.shape is None or node.dtype is None or not node.dtype.is_floating_point or len(node.shape) > len(shape):
-        return False
-    return all(own in (1, size) for own, size in zip(reversed(node.shape), reversed(shape), strict=False))

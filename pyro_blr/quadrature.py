@@ -37,12 +37,23 @@ LogFactor = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Integrals:
-    """E f (n,), E ∇f (n, k), E ∇²f (n, k, k), and the error of E f (n,) as seen by two orders."""
+    """E f (n,), E ∇f (n, k), E ∇²f (n, k, k), and the error of E f (n,) as seen by two orders, or two sets of points.
+
+    `independent`: the errors have signs, and those of different rows average out.
+    """
 
     value: Tensor
     gradient: Tensor
     hessian: Tensor
     error: Tensor
+    independent: bool = False
+
+    @property
+    def total_error(self) -> float:
+        """Of the sum over rows."""
+        if not self.independent:
+            return float(self.error.sum())
+        return float(self.error.sum().abs() + self.error.norm())
 
 
 def gaussian_expectation(found: Integrals, mean: Tensor, covariance: Tensor) -> Tensor:

@@ -132,7 +132,11 @@ class Run:
         if self.first_step == 0:
             newton_start(self.ascent)
         tol = min(self.tol, 1e-6)
-        climbed = climb(self.ascent, None, tol, self.max_steps, self._tock)
+        while True:  # climbs on few random points go as far as these can tell
+            noise = self.program.messages.quadrature_noise
+            climbed = climb(self.ascent, None, max(tol, 0.01 * noise), self.max_steps - self.num_steps, self._tock)
+            if not climbed.converged or self.num_steps >= self.max_steps or not self.program.messages.refine():
+                break
         if climbed.converged:
             self._stop(f"the remaining distance to the optimum of the bound is below {tol:g} nats")
         elif self.num_steps < self.max_steps:
