@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,7 @@ from pyro_blr.program import Program, Programs
 from pyro_blr.requests import check_callable_guide, check_run_arguments, refuse_without_blocks
 from pyro_blr.running import isolated_random_state
 from pyro_blr.runs import Run
+from pyro_blr.searches import other_optima
 from pyro_blr.starts import apply_init
 from pyro_blr.steps import first_targets, take_step
 from pyro_blr.symmetry import broken_start
@@ -230,6 +231,7 @@ class BLRInference:
         outcome = {"history": self._history, "num_steps": self._num_steps, **self._outcome}
         if self._seen is not None:
             outcome["response"] = partial(linear_response, self._seen, self._q.naturals)
+            outcome["search"] = cache(partial(other_optima, self._seen, self._q.naturals))
         return Posterior(self._q.blocks, self._q.naturals, model=self.model, args=args, kwargs=kwargs, **outcome)
 
     # -- state ----------------------------------------------------------------------------------------------------------

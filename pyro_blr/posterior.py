@@ -51,6 +51,7 @@ class Posterior:
         kwargs: Mapping[str, Any] | None = None,
         restarts: Iterable[Restart] = (),
         response: Callable[[], LinearResponse] | None = None,
+        search: Callable[[], list[Restart]] | None = None,
     ) -> None:
         self._blocks = {name: storage.snapshot(block) for name, block in blocks.items()}
         self._naturals = {name: naturals[name].detach().clone() for name in blocks}
@@ -61,7 +62,7 @@ class Posterior:
         self._block_of = {site: name for name, block in blocks.items() for site in block.site_names}
         self._marginals: dict[str, Any] = {}
         self.restarts = tuple(Restart(*one) for one in restarts)
-        self._response = response
+        self._response, self._search = response, search
 
     @property
     def blocks(self) -> Mapping[str, Block]:
@@ -239,8 +240,12 @@ class Posterior:
             raise ValueError("the posterior was read from a file or copied, without its engine; use engine.posterior")
         return self._response()
 
+    def other_optima(self) -> Sequence[Restart]:
+        """Where short climbs from scattered starts end, this q first; empty where they are not made (`searches`)."""
+        return self._search() if self._search is not None else ()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_response": None}  # copies and pickles are of q, not of the engine
+        return {**vars(self), "_response": None, "_search": None}  # copies and pickles are of q, not of the engine
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes λ, the bound and its history, and all that rebuilding q takes, to one .safetensors file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from pyro_blr.diagnostics import (
     FEWEST_DRAWS,
     GOOD,
+    NEGLIGIBLE,
+    POOR,
     Facts,
     LinearResponse,
     ParetoSmoothed,
@@ -36,6 +39,7 @@ class Judged(Fitted, Protocol):
 
     def __getitem__(self, name: str) -> Any: ...
     def linear_response(self) -> LinearResponse: ...
+    def other_optima(self) -> Sequence[Restart]: ...
 
 
 def psis(
@@ -114,6 +118,7 @@ def summary(
     """
     _check(num_samples)
     names = [site for block in posterior.blocks.values() for site in block.site_names]
+    heavy = (-math.inf, "")
     with torch.no_grad():
         draws = posterior.sample((num_samples,))
         weighed, unavailable, shifted = None, "", ""
@@ -122,11 +127,8 @@ def summary(
         except ValueError as error:
             unavailable = str(error)
         table, sizes = _table(posterior, draws, names)
-    if weighed is not None and weighed.is_trusted:
-        corrected = {"mean_is": _column(names, weighed, weighed.mean), "sd_is": _column(names, weighed, weighed.stddev)}
-        shifted = _shifted(table, corrected, weighed.ess)
-        if weighed.khat >= GOOD or shifted:
-            table = table.assign(**corrected)
+    if weighed is not None:
+        table, shifted, heavy = _beside(table, names, weighed)
     response, notes = _response(posterior)
     if response is not None and not response.is_saddle:
         table.insert(2, "sd_lr", np.concatenate([_flat(response.stddev(name)) for name in names]))
@@ -139,9 +141,10 @@ def summary(
         weighed.khat if weighed is not None else float("nan"),
         weighed.most_error if weighed is not None else float("inf"),
         shifted,
+        heavy,
         unavailable,
         [name if not block.elements else f"the elements of {name}" for name, block in posterior.blocks.items()],
-        posterior.restarts,
+        [*posterior.restarts, *posterior.other_optima()],
         response is not None and response.is_saddle,
     )
     table, sizes = _narrowed(table, sizes, sites)
@@ -162,6 +165,17 @@ def _narrowed(
         raise ValueError(f"sites: found {unknown}, expected latent sites of the model: {list(length)}")
     rows = [row for name in wanted for row in range(starts[name], starts[name] + length[name])]
     return table.iloc[rows], [(name, length[name]) for name in wanted]
+
+
+def _beside(table: Any, names: Sequence[str], weighed: ParetoSmoothed) -> tuple[Any, str, tuple[float, str]]:
+    """The table, with weighted moments where they are better than q's; what they move most; the largest k̂ of a variance."""
+    heavy = weighed.khat_of_moments() if weighed.most_error >= NEGLIGIBLE else (-math.inf, "")
+    if not weighed.is_trusted:
+        return table, "", heavy
+    corrected = {"mean_is": _column(names, weighed, weighed.mean), "sd_is": _column(names, weighed, weighed.stddev)}
+    shifted = _shifted(table, corrected, weighed.ess)
+    is_better = weighed.khat >= GOOD or heavy[0] >= POOR or shifted
+    return table.assign(**corrected) if is_better else table, shifted, heavy
 
 
 def _shifted(table: Any, corrected: Mapping[str, np.ndarray], ess: float) -> str:

@@ -105,6 +105,7 @@ LAYERS = [
     "symmetry",
     "renewal",
     "runs",
+    "searches",
     "transactions",
     "inference",
     "nn",

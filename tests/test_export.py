@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_blr.blocks import build_blocks
 from pyro_blr.capture import capture
-from pyro_blr.export import to_arviz
+from pyro_blr.export import _runs, to_arviz
 from pyro_blr.posterior import Posterior
 from pyro_blr.running import generic_value, run_model
 
@@ -190,6 +190,34 @@ def test_all_draws_are_one_run_where_the_model_vectorises(indexed: bool, most: i
 
 # --------------------------------------------------------------------------------------------------
 # ArviZ's own functions
+
+
+def test_a_recursion_never_pairs_draws_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.stack` of a recursion puts the draws beside its times: single runs, or a map, and no (draws, draws, times)."""
+
+    def recursion(y: Tensor) -> None:
+        phi = pyro.sample("phi", dist.Normal(0.0, 0.5))
+        mu = pyro.sample("mu", dist.Normal(0.0, 0.5))
+        states = [mu]
+        for t in range(1, len(y)):
+            states.append(phi * states[-1] + y[t - 1])
+        with pyro.plate("times", len(y)):
+            pyro.sample("y", dist.Normal(mu, torch.stack(states, -1).exp()), obs=y)
+
+    sizes = []
+    plain = _runs.log_density
+
+    def noted(node: Any) -> Any:
+        sizes.append(node["fn"].batch_shape.numel())
+        return plain(node)
+
+    monkeypatch.setattr(_runs, "log_density", noted)
+    draws = {"phi": torch.randn(50), "mu": torch.randn(50)}
+    joint = _runs.ModelRuns(recursion, (Y,), {}).run(draws, 50).joint
+    assert max(sizes) <= 50 * len(Y)
+    for i in (0, 17, 49):
+        given = poutine.condition(recursion, data={name: value[i] for name, value in draws.items()})
+        assert float(joint[i]) == pytest.approx(float(poutine.trace(given).get_trace(Y).log_prob_sum()))
 
 
 def test_summary(data: Any) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._psis import FEW, GOOD, NEGLIGIBLE, POOR
+from ._psis import FEW, GOOD, MODEST, NEGLIGIBLE, POOR
 
-__all__ = ["Facts", "Restart", "warnings_about"]
+__all__ = ["Facts", "Restart", "rivals_among", "warnings_about"]
 
 LARGE_ERROR = 1.0  # nats: two models or starts that differ by it are told apart by a Bayes factor of e
 NEAR = 5.0  # nats below the best bound: beyond, an optimum holds less than a hundredth of the mass
@@ -33,7 +33,8 @@ class Restart(NamedTuple):
 @dataclass(frozen=True)
 class Facts:
     """What is known about a fit; `factors` are the independent parts of q, `unavailable` says why k̂ is NaN,
-    `shifted` which scalar the weights move most, where they move one much.
+    `shifted` which scalar the weights move most, where they move one much; `heavy` is the largest k̂ of the
+    weights of a variance, and whose it is.
     """
 
     converged: bool
@@ -43,6 +44,7 @@ class Facts:
     khat: float
     most_error: float = math.inf
     shifted: str = ""
+    heavy: tuple[float, str] = (-math.inf, "")
     unavailable: str = ""
     factors: Sequence[str] = ()
     restarts: Sequence[Restart] = ()
@@ -81,29 +83,25 @@ def _of_the_weights(facts: Facts) -> list[str]:
     if facts.most_error < NEGLIGIBLE:
         return []
     few = facts.khat >= GOOD and FEW <= facts.most_error < math.inf
-    if facts.khat >= POOR or few:
-        steps = []
-        if len(facts.factors) > 1 or any(" " in name for name in facts.factors):
-            some = ", ".join(facts.factors[:3]) + (", ..." if len(facts.factors) > 3 else "")
-            steps.append(
-                f'let what depends on each other share a factor of q, which holds {some} independent (blocks=[[...]], or "sites"; '
-                "compare sd with sd_lr)"
-            )
-        steps.append(
-            "reparameterise (poutine.reparam with LocScaleReparam for scales above groups, a logarithm for a heavy tail)"
-        )
-        steps.append(_NUTS)
+    poor = facts.khat >= POOR and facts.most_error >= MODEST
+    if poor or few:
         of = "above 0.7" if facts.khat >= POOR else "of few effective draws"
         return [
             f"Do not trust this posterior: Pareto k-hat is {facts.khat:.2f}, {of}, so q lacks mass where the posterior has some. "
-            "What helps: " + "; or ".join(steps)
+            "What helps: " + _what_helps(facts)
+        ]
+    if facts.heavy[0] >= POOR:
+        return [
+            f"Do not trust the spread of {facts.heavy[1]}: the k-hat of its weighted variance is {facts.heavy[0]:.2f}, above 0.7, so q "
+            "lacks part of a tail. Read mean_is and sd_is instead of mean and sd where they stand: they recover some of it. What "
+            "helps: " + _what_helps(facts)
         ]
     if facts.shifted:
         return [
             f"q differs from its own draws, weighed: {facts.shifted}. Read mean_is and sd_is instead of mean and sd; "
             "posterior.psis().resample() gives such draws"
         ]
-    if facts.khat >= GOOD:
+    if facts.khat >= GOOD and facts.most_error >= MODEST:
         return [
             f"Pareto k-hat is {facts.khat:.2f}, between 0.5 and 0.7: read mean_is and sd_is, which weigh the draws of q, instead of mean "
             "and sd; posterior.psis().resample() gives such draws"
@@ -111,10 +109,30 @@ def _of_the_weights(facts: Facts) -> list[str]:
     return []
 
 
+def _what_helps(facts: Facts) -> str:
+    steps = []
+    if len(facts.factors) > 1 or any(" " in name for name in facts.factors):
+        some = ", ".join(facts.factors[:3]) + (", ..." if len(facts.factors) > 3 else "")
+        steps.append(
+            f'let what depends on each other share a factor of q, which holds {some} independent (blocks=[[...]], or "sites"; '
+            "compare sd with sd_lr)"
+        )
+    steps.append(
+        "reparameterise (poutine.reparam with LocScaleReparam for scales above groups, a logarithm for a heavy tail)"
+    )
+    return "; or ".join([*steps, _NUTS])
+
+
+def rivals_among(restarts: Sequence[Restart]) -> list[Restart]:
+    """Converged starts that ended away from the q that is kept, with a bound as good or better."""
+    ended = [one for one in restarts if one.converged]
+    best = max((one.elbo for one in ended), default=math.nan)
+    return [one for one in ended if one.distance > APART and best - one.elbo < NEAR + 2 * one.elbo_se]
+
+
 def _of_the_starts(facts: Facts) -> list[str]:
     ended = [one for one in facts.restarts if one.converged]
-    best = max((one.elbo for one in ended), default=math.nan)
-    rivals = [one for one in ended if one.distance > APART and best - one.elbo < NEAR + 2 * one.elbo_se]
+    rivals = rivals_among(ended)
     found = []
     if rivals:
         bounds = ", ".join(f"{one.elbo:.4g}" for one in sorted(ended, key=lambda one: -one.elbo)[:5])

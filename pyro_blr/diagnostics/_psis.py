@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["FEWEST_DRAWS", "GOOD", "POOR", "ParetoSmoothed", "pareto_smoothed"]
 
 NEGLIGIBLE = 0.1  # sd: an error of every mean that needs no correction
+MODEST = 0.3  # the same, where k̂ is large and that of every variance is not: a tail of the weights that holds little
 FEW = 2.0  # the same where a fifth of the draws are effective
 
 FEWEST_DRAWS = 100  # below, fewer than twenty weights in the tail that is fitted
@@ -103,6 +104,32 @@ class ParetoSmoothed:
             )
         return self.draws[site].double()
 
+    def khat_of_moments(self, most: int = 50) -> tuple[float, str]:
+        """The largest k̂ of w (z − E z)² over scalars z, and whose it is: of those whose weighted variance the draws
+        know least, `most` at most.  (−∞, "") where there is none.
+
+        Above 0.7 the draws do not tell the variance of z, whatever the weights alone are like: it may come from
+        where q hardly draws (Vehtari et al. 2024, section 3.2.5).
+        """
+        names, parts = [], []
+        for name, draws in self.draws.items():
+            if name not in self.summed_out and draws.is_floating_point():
+                part = draws.double().reshape(len(draws), -1).cpu()
+                parts.append((part - (self.weights.unsqueeze(-1) * part).sum(0)).square())
+                index = np.ndindex(*draws.shape[1:])
+                names += [f"{name}[{', '.join(map(str, i))}]" if i else name for i in index]
+        if not parts:
+            return -math.inf, ""
+        squares = torch.cat(parts, -1)
+        shares = self.weights.unsqueeze(-1) * squares
+        noise = shares.square().sum(0) / shares.sum(0).square()
+        found = [(-math.inf, "")]
+        for place in noise.nan_to_num(0.0).topk(min(most, len(names))).indices.tolist():
+            ratios = self.log_ratios + squares[:, place].log()
+            if bool(ratios.isfinite().any()) and not bool(ratios.isnan().any()):
+                found.append((pareto_smoothed(ratios)[1], names[place]))
+        return max(found, key=lambda pair: -math.inf if math.isnan(pair[0]) else pair[0])
+
     def resample(self, num_samples: int | None = None) -> dict[str, Tensor]:
         """Site -> draws, each one of `draws` with probability w_s; as many as there are, unless told."""
         count = self.num_samples if num_samples is None else num_samples
@@ -139,6 +166,10 @@ def _khat_in_words(khat: float, most_error: float) -> str:
         return f"{khat:.2f} (below 0.5: q is close to the posterior, or wider)"
     if most_error < NEGLIGIBLE:
         return f"{khat:.2f} (of weights that are nearly equal: no mean is off by more than {most_error:.1g} sd)"
+    if khat >= POOR and most_error < MODEST:
+        return (
+            f"{khat:.2f} (above 0.7, of weights that differ little: no mean seems off by more than {most_error:.1g} sd)"
+        )
     if khat < POOR and most_error >= FEW:
         return f"{khat:.2f} (between 0.5 and 0.7, with few draws effective: do not trust q)"
     if khat < POOR:

@@ -234,6 +234,8 @@ class ModelRuns:
         record.values[name] = value if num is None else _draws_first(value, num, statement.shape)
         if statement.kind == "derived":
             return
+        if num is not None and node["fn"].batch_shape.numel() > num * statement.batch_shape.numel():
+            raise ValueError(f"statement {name!r}: the program pairs draws with each other, or with its own dims")
         log_prob, mask = log_density(node)
         record.undefined[name] = (log_prob.isnan() & mask).any()
         contribution = torch.where(mask, log_prob, 0.0) * node["scale"]
