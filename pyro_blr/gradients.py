@@ -23,6 +23,7 @@ from pyro.infer import (
 )
 from pyro.infer.elbo import ELBO
 from pyro.optim.pytorch_optimizers import Adam  # type: ignore[attr-defined]
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent
@@ -282,5 +283,6 @@ class OrdinaryGradients:
         with pyro.poutine.block(), isolated_random_state():
             trace = pyro.poutine.trace(self.guide).get_trace(*args, **kwargs)
         reason = f"the guide is not read as exponential families ({self.reason}): ordinary gradient of loss through optim, as under SVI"
-        sites = {name: reason for name in trace.stochastic_nodes}
+        nodes: Mapping[str, Any] = trace.nodes
+        sites = {n: reason for n in trace.stochastic_nodes if not isinstance(nodes[n]["fn"], _Subsample)}
         return Explanation([], {}, "estimate ± standard error", [], sites)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_blr.parameters import Slot
 
-__all__ = ["Argument", "find_argument"]
+__all__ = ["Argument", "Rows", "find_argument"]
 
 
 class Link(NamedTuple):
@@ -38,6 +38,13 @@ LINKS = (
 )
 
 
+class Rows(NamedTuple):
+    """The elements of a plate that one run of the guide drew."""
+
+    size: int
+    indices: Tensor
+
+
 @dataclass(frozen=True)
 class Argument:
     """One argument of a guide's distribution: which parameter it is, and through which link."""
@@ -56,21 +63,35 @@ class Argument:
 
 
 def find_argument(
-    site: str, name: str, tensors: list[Tensor], slots: Mapping[str, Slot], values: Sequence[Mapping[str, Tensor]]
+    site: str,
+    name: str,
+    tensors: list[Tensor],
+    slots: Mapping[str, Slot],
+    values: Sequence[Mapping[str, Tensor]],
+    rows: Sequence[Sequence[Rows]] | None = None,
 ) -> Argument | str:
-    """The argument, seen as `tensors` where the parameters were `values`; or why it is no parameter."""
+    """The argument, seen as `tensors` where the parameters were `values`; or why it is no parameter.
+
+    In plates of which a run drew some `rows` it may be those rows of a parameter, which then has all of them.
+    """
     for slot_name, slot in slots.items():
         for link in LINKS:
             matches = [_equal(link, seen[slot_name], tensor) for seen, tensor in zip(values, tensors, strict=True)]
             if all(matches):
                 return Argument(name, slot, link, tensors[0].shape)
+            if rows is not None and all(
+                _equal(link, seen[slot_name], tensor, drawn)
+                for seen, tensor, drawn in zip(values, tensors, rows, strict=True)
+            ):
+                return Argument(name, slot, link, values[0][slot_name].shape)
     tied = [s for s in slots if any(_is_repeated(values[0][s], tensors[0], link) for link in LINKS[:3])]
     if tied:
         return f"elements of {site} share the parameter {tied[0]!r}"
     return f"{name} of its distribution at {site} is no parameter of its own"
 
 
-def _equal(link: Link, parameter: Tensor, argument: Tensor) -> bool:
+def _equal(link: Link, parameter: Tensor, argument: Tensor, drawn: Sequence[Rows] = ()) -> bool:
+    parameter = _picked(parameter, argument.shape, drawn)
     if parameter.numel() != argument.numel() or not argument.is_floating_point():
         return False
     if link.vector and (argument.dim() == 0 or argument.shape[-1] < 2 or parameter.shape[-1:] != argument.shape[-1:]):
@@ -78,6 +99,18 @@ def _equal(link: Link, parameter: Tensor, argument: Tensor) -> bool:
     tolerance = 1e-9 if argument.dtype == torch.float64 else 1e-4
     found = link.to(parameter).reshape(argument.shape)
     return bool(torch.allclose(found, argument.detach().double(), rtol=tolerance, atol=tolerance * 1e-2))
+
+
+def _picked(parameter: Tensor, shape: torch.Size, drawn: Sequence[Rows]) -> Tensor:
+    """The rows of a parameter that an argument of this shape can have; the parameter where it has no more."""
+    if parameter.dim() != len(shape):
+        return parameter
+    for dim, (full, part) in enumerate(zip(parameter.shape, shape, strict=True)):
+        for rows in drawn:
+            if full == rows.size and part == len(rows.indices) and full != part:
+                parameter = parameter.index_select(dim, rows.indices.to(parameter.device))
+                break
+    return parameter
 
 
 def _is_repeated(parameter: Tensor, argument: Tensor, link: Link) -> bool:

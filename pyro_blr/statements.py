@@ -18,7 +18,7 @@ from torch.distributions.transforms import ComposeTransform
 from pyro_blr.blocks import Block
 from pyro_blr.families import ExponentialFamily, LogNormal, Normal, TransformedNormal, family_of
 from pyro_blr.initial import diagonal_natural
-from pyro_blr.links import Argument, find_argument
+from pyro_blr.links import Argument, Rows, find_argument
 from pyro_blr.parameters import Slot, nudged, remembered, statement_slot
 from pyro_blr.readings import Part, UnreadableGuide, independent_gaussian
 from pyro_blr.running import isolated_random_state, unwrap
@@ -162,6 +162,7 @@ class Law(NamedTuple):
 class _Seen(NamedTuple):
     values: dict[str, Tensor]  # parameter -> constrained value
     laws: dict[str, Law | str]  # or why there is none
+    rows: dict[str, list[Rows]]  # of each site, in its subsampled plates
 
 
 def _observed(guide: Any, args: tuple, kwargs: Mapping[str, Any], slots: Mapping, names: list[str], seed: int) -> _Seen:
@@ -173,7 +174,14 @@ def _observed(guide: Any, args: tuple, kwargs: Mapping[str, Any], slots: Mapping
     if missing:
         raise UnreadableGuide(f"it samples {missing[0]} in some runs only")
     values = {name: slot.value.clone() for name, slot in slots.items()}
-    return _Seen(values, {name: _law_or_reason(name, trace.nodes[name]["fn"]) for name in names})
+    laws = {name: _law_or_reason(name, trace.nodes[name]["fn"]) for name in names}
+    return _Seen(values, laws, {name: _rows(trace, name) for name in names})
+
+
+def _rows(trace: poutine.Trace, name: str) -> list[Rows]:
+    nodes: Mapping[str, Any] = trace.nodes
+    frames = [frame for frame in nodes[name]["cond_indep_stack"] if frame.vectorized and frame.full_size != frame.size]
+    return [Rows(frame.full_size, nodes[frame.name]["value"]) for frame in frames if frame.name in nodes]
 
 
 def _statement(name: str, slots: Mapping[str, Slot], observed: list[_Seen]) -> Statement:
@@ -183,17 +191,21 @@ def _statement(name: str, slots: Mapping[str, Slot], observed: list[_Seen]) -> S
         if isinstance(law, str):
             raise UnreadableGuide(law)
         laws.append(law)
-    arguments = found_arguments(name, laws, slots, values)
+    arguments = found_arguments(name, laws, slots, values, [seen.rows[name] for seen in observed])
     return Statement(name, pyro_class(laws[0]), laws[0].family, laws[0].transform, tuple(arguments))
 
 
 def found_arguments(
-    name: str, laws: Sequence[Law], slots: Mapping[str, Slot], values: Sequence[Mapping[str, Tensor]]
+    name: str,
+    laws: Sequence[Law],
+    slots: Mapping[str, Slot],
+    values: Sequence[Mapping[str, Tensor]],
+    rows: Sequence[Sequence[Rows]] | None = None,
 ) -> list[Argument]:
     """Which parameter each argument of a site is, the laws seen at these values of all parameters; raises where one is none."""
     arguments = []
     for names in _grouped(laws[0].arguments):
-        tried = [find_argument(name, n, [law.arguments[n] for law in laws], slots, values) for n in names]
+        tried = [find_argument(name, n, [law.arguments[n] for law in laws], slots, values, rows) for n in names]
         found = [argument for argument in tried if not isinstance(argument, str)]
         if not found:
             raise UnreadableGuide(str(tried[0]))

@@ -335,6 +335,45 @@ def test_subsampled_plates_keep_every_row() -> None:
     np.testing.assert_allclose(guide.scales.theta.detach(), 0.5**0.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Gamma", "Categorical"])
+def test_rows_of_parameters_in_a_subsampled_plate(family: str) -> None:
+    """A guide that looks up its parameters by the plate's indices: exact for every row that was drawn, the others untouched."""
+    y, weights = torch.arange(12.0), torch.tensor([0.3, 0.7])
+
+    def model(index: Tensor) -> None:
+        with pyro.plate("rows", 12, subsample=index):
+            if family == "Gamma":
+                z = pyro.sample("z", dist.Gamma(2.0, 3.0))
+                pyro.sample("y", dist.Poisson(z), obs=y[index])
+            else:
+                z = pyro.sample("z", dist.Categorical(weights))
+                pyro.sample("y", dist.Normal(3.0 * z, 1.0), obs=y[index] / 4)
+
+    def guide(index: Tensor) -> None:
+        with pyro.plate("rows", 12, subsample=index):
+            if family == "Gamma":
+                shape = pyro.param("shape", torch.ones(12), constraint=positive)
+                pyro.sample("z", dist.Gamma(shape[index], pyro.param("rate", torch.zeros(12)).exp()[index]))
+            else:
+                pyro.sample("z", dist.Categorical(logits=pyro.param("logits", torch.zeros(12, 2))[index]))
+
+    engine = engine_of(model, guide)
+    drawn = torch.tensor([7, 2, 9])
+    engine.step(drawn)
+    for rows in (torch.tensor([0, 2, 4]), torch.tensor([9, 10, 11])):
+        engine.step(rows)
+        drawn = torch.cat([drawn, rows])
+    seen = torch.zeros(12, dtype=torch.bool).index_fill(0, drawn, True)
+    if family == "Gamma":
+        np.testing.assert_allclose(pyro.param("shape").detach(), torch.where(seen, y + 2, torch.ones(12)), rtol=1e-9)
+        np.testing.assert_allclose(pyro.param("rate").detach(), torch.where(seen, 4.0, 1.0).log(), atol=1e-9)
+    else:
+        scores = weights.log() - 0.5 * (y[:, None] / 4 - torch.tensor([0.0, 3.0])).square()
+        expected = torch.where(seen[:, None], scores.softmax(-1), 0.5 * torch.ones(12, 2))
+        np.testing.assert_allclose(pyro.param("logits").softmax(-1).detach(), expected, atol=1e-9)
+    assert engine.explain(drawn[:3]).to_dict()["ordinary"] == {}
+
+
 def test_a_script_of_many_steps_settles() -> None:
     """Messages from draws, on full data: after a few steps the optimum is there, and further steps leave it."""
 
