@@ -15,7 +15,7 @@ from pyro_blr.links import Argument, find_argument
 from pyro_blr.parameters import Slot, nudged, remembered, statement_slot
 from pyro_blr.readings import UnreadableGuide
 from pyro_blr.running import isolated_random_state
-from pyro_blr.statements import Law, found_arguments, is_latent, law_of, pyro_class
+from pyro_blr.statements import Law, found_arguments, is_latent, is_weighted, law_of, pyro_class
 
 __all__ = ["read_conditionals"]
 
@@ -39,7 +39,7 @@ def read_conditionals(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> lis
     nodes: Mapping[str, Any] = trace.nodes
     slots = {n: statement_slot(n, node) for n, node in nodes.items() if node["type"] == "param"}
     shapes = {n: node["value"].shape for n, node in nodes.items() if is_latent(node)}
-    gaussian = [name for name in shapes if _is_gaussian(name, nodes[name]["fn"])]
+    gaussian = [name for name in shapes if not is_weighted(nodes[name]) and _is_gaussian(name, nodes[name]["fn"])]
     sizes = {name: shapes[name].numel() for name in gaussian}
     if len(gaussian) < 2 or sum(sizes.values()) > _MOST:
         return []

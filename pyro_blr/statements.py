@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +24,16 @@ from pyro_blr.parameters import Slot, nudged, remembered, statement_slot
 from pyro_blr.readings import Part, UnreadableGuide, independent_gaussian
 from pyro_blr.running import isolated_random_state, unwrap
 
-__all__ = ["Law", "Statements", "found_arguments", "is_latent", "law_of", "pyro_class", "survey_statements"]
+__all__ = [
+    "Law",
+    "Statements",
+    "found_arguments",
+    "is_latent",
+    "is_weighted",
+    "law_of",
+    "pyro_class",
+    "survey_statements",
+]
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,9 @@ def survey_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tup
         restore()
     statements, reasons = [], {}
     for name in names:
+        if is_weighted(trace.nodes[name]):
+            reasons[name] = f"poutine.scale weighs its statement at {name}"
+            continue
         try:
             statements.append(_statement(name, slots, observed))
         except UnreadableGuide as error:
@@ -148,6 +161,13 @@ def survey_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tup
 def is_latent(node: Mapping[str, Any]) -> bool:
     """Whether a node of a trace is a sample statement without data."""
     return node["type"] == "sample" and not node["is_observed"] and not isinstance(node["fn"], _Subsample)
+
+
+def is_weighted(node: Mapping[str, Any]) -> bool:
+    """Whether a statement counts otherwise than its plates say: its entropy then weighs as the program likes, at every step anew."""
+    scale = math.prod(frame.full_size / max(frame.size, 1) for frame in node["cond_indep_stack"] if frame.full_size)
+    found = torch.as_tensor(node["scale"], dtype=torch.float64)
+    return not bool(torch.isclose(found, torch.tensor(scale, dtype=torch.float64, device=found.device)).all())
 
 
 class Law(NamedTuple):

@@ -12,7 +12,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import (
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from pyro.optim import SGD, Adam
@@ -317,6 +325,36 @@ def test_run_returns_the_fitted_guide() -> None:
     engine = BLRInference(unknown_precision, point_and_gamma, Adam({"lr": 0.1}), Trace_ELBO())
     fit = engine.run(max_steps=20, progress=False)
     assert fit.num_steps == 20 and set(fit.sample((3,))) == {"a", "tau"} and np.isfinite(fit.elbo)
+
+
+@pytest.mark.parametrize("weighs", ["one", "all"])
+def test_weighted_entropies_are_the_losss(weighs: str) -> None:
+    """poutine.scale around a guide's statement (an annealed KL): the objective of `loss`, by steps that are SVI's."""
+
+    def model() -> None:
+        with poutine.scale(scale=0.25):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with poutine.scale(scale=0.25 if weighs == "all" else 1.0):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(a + b, 0.5), obs=torch.tensor(2.0))
+
+    def guide() -> None:
+        with poutine.scale(scale=0.25):
+            pyro.sample("a", dist.Normal(param("m", 0.0), param("s", 1.0, positive)))
+        with poutine.scale(scale=0.25 if weighs == "all" else 1.0):
+            pyro.sample("b", dist.Normal(param("n", 0.0), param("t", 1.0, positive)))
+
+    engine = BLRInference(model, guide, Adam({"lr": 0.05}), Trace_ELBO())
+    found = [engine.step() for _ in range(3)]
+    assert "poutine.scale weighs its statement at a" in said(engine)["ordinary"]["a"]
+    if weighs == "all":
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO())
+        assert found == [svi.step() for _ in range(3)]
+    else:
+        assert set(said(engine)["ordinary"]) == {"a"}
+        assert pyro.param("t").item() == pytest.approx(5**-0.5, rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------------
