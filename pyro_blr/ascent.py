@@ -40,9 +40,7 @@ class Ascent:
         if not self.program.is_exact:
             error = self.program.messages.quadrature_error
             return "bound by quadrature" + (f", within {_power_of_ten(error)} nats" if error is not None else "")
-        independent = all(not self.program.messages.neighbours(name) for name in self.program.blocks)
-        coupled = any(self.program.messages.is_coupled(name) for name in self.program.blocks)
-        return "exact evidence" if independent and not coupled else "exact bound"
+        return "exact evidence" if self.program.messages.are_separate else "exact bound"
 
     @property
     def order(self) -> list[str]:

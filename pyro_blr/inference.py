@@ -257,6 +257,9 @@ class BLRInference:
     def _program(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         assert self._programs is not None
         program = self._programs.run(args, kwargs)
+        if self._ready and program is self._seen:
+            self._call = (args, dict(kwargs))
+            return program
         self._q.follow(program.factorisation)
         check_loss_of_data(self._observed, program.graph)
         if self.strict:

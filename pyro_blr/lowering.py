@@ -32,10 +32,11 @@ def lowered(function: Callable[..., Any], example: Sequence[Tensor]) -> Callable
     module = make_fx(function)(*example)
     _View(module).run(*example)
     _refuse_writes(module)
-    _view_any_strides(module)
+    _simplify(module)
     _remove_identities(module)
     _fold_constants(module)
     _merge_equal(module)
+    _shorten_finiteness(module)
     module.graph.eliminate_dead_code()
     _bind(module)
     constants = _as_arguments(module)
@@ -59,11 +60,13 @@ def _refuse_writes(module: fx.GraphModule) -> None:
             raise NotImplementedError(f"{node.target} writes into its operand")
 
 
-def _view_any_strides(module: fx.GraphModule) -> None:
-    """A view of a copy becomes a reshape: copies are removed, and with them the strides that they made."""
+def _simplify(module: fx.GraphModule) -> None:
+    """A view of a copy becomes a reshape: copies are removed, and with them the strides that they made; a sum of one number a cast."""
     for node in module.graph.nodes:
         if node.target in (_aten.view.default, _aten._unsafe_view.default):
             node.target = _aten.reshape.default
+        elif node.target is _aten.sum.default and len(node.args) == 1 and not node.args[0].meta["example"].shape:
+            node.target = _aten._to_copy.default
 
 
 def _remove_identities(module: fx.GraphModule) -> None:
@@ -77,6 +80,8 @@ def _remove_identities(module: fx.GraphModule) -> None:
             same = same and (node.target not in _NEUTRAL or node.args[1] == _NEUTRAL[node.target])
         elif node.target is _aten.slice.Tensor:
             same = _form(node) == _form(source) and len(node.args) < 5  # of step one
+        elif node.target in (_aten.all.default, _aten.any.default):
+            same = _form(node) == _form(source)  # of one number
         if same and isinstance(source, fx.Node):
             node.replace_all_uses_with(source)
             module.graph.erase_node(node)
@@ -172,6 +177,26 @@ def _merge_equal(module: fx.GraphModule) -> None:
             continue
         if first is not node:
             node.replace_all_uses_with(first)
+            module.graph.erase_node(node)
+
+
+def _shorten_finiteness(module: fx.GraphModule) -> None:
+    """(x = x) (|x| ≠ ∞) is 0 x = 0."""
+    for node in list(module.graph.nodes):
+        if node.target is not _aten.mul.Tensor:
+            continue
+        equal, unequal = node.args
+        if getattr(equal, "target", None) is not _aten.eq.Tensor or equal.args[0] is not equal.args[1]:
+            continue
+        if getattr(unequal, "target", None) is not _aten.ne.Scalar or unequal.args[1] != float("inf"):
+            continue
+        if unequal.args[0].target is _aten.abs.default and unequal.args[0].args[0] is equal.args[0]:
+            with module.graph.inserting_before(node):
+                zero = module.graph.call_function(_aten.mul.Tensor, (equal.args[0], 0))
+                finite = module.graph.call_function(_aten.eq.Scalar, (zero, 0))
+            zero.meta["example"] = equal.args[0].meta["example"] * 0
+            finite.meta = dict(node.meta)
+            node.replace_all_uses_with(finite)
             module.graph.erase_node(node)
 
 

@@ -115,6 +115,11 @@ class Messages:
         within = constructed.reinterpreted - self.blocks[block].elements
         return mask.expand(constructed.batch_shape).flatten(-within).any(-1) if within > 0 else mask
 
+    @functools.cached_property
+    def are_separate(self) -> bool:
+        """Whether no factor joins two blocks, nor several elements of one: what is exact is then exact together."""
+        return not any(self.neighbours(name) or self.is_coupled(name) for name in self.blocks)
+
     def neighbours(self, block: str) -> set[str]:
         """Blocks that share a factor with this one."""
         return {other for name in self.factors_of[block] for other in self.plans[name].blocks} - {block}

@@ -46,7 +46,20 @@ def forms(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     factor, info = torch.linalg.cholesky_ex(matrix)
     solved = torch.cholesky_solve(y.unsqueeze(-1), factor).squeeze(-1)
     wide = x.new_zeros(3, 9) + y.expand(3, 9) * torch.full_like(y, 2.0)
-    return solved, info == 0, wide.float().sum(0, dtype=torch.float64), x.digamma() * 1 + 0, y.isfinite().all()
+    one = x[0].float()
+    ends = torch.stack([x[0], x[0] / 0, -y[1] / 0, y[1] * float("nan")])
+    return (
+        solved,
+        info == 0,
+        wide.float().sum(0, dtype=torch.float64),
+        x.digamma() * 1 + 0,
+        y.isfinite().all(),
+        ends.isfinite(),
+        (one + 1).sum(dtype=torch.float64),
+        one.sum().double(),
+        (one > 0).all(),
+        torch.tensor(True) & (one > 0.5).any(),
+    )
 
 
 @pytest.mark.parametrize("function", [gradient, pieces, forms])
@@ -56,7 +69,7 @@ def test_replay_is_the_function(function: Callable) -> None:
     flat = lowered(function, list(example))
     for arguments in (*others, example):
         for found, expected in zip(flat(*arguments), function(*arguments), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+            torch.testing.assert_close(found, expected, rtol=1e-14, atol=0, equal_nan=True)
             assert not found.is_inference()
 
 
