@@ -28,6 +28,7 @@ _RUNAWAY_STEPS = 20  # and _RUNAWAY_NATS: how long and how far a search must hav
 _RUNAWAY_NATS = 1e6
 _NEAR = 1e-3  # nats that the last of them gains
 _NEAR_ENOUGH = 0.1  # the same where the steps after them are as good, and without noise
+_SMALL = 1e-2  # nats of a step that is small beside the width of q
 _STUCK = 1e-2  # a step that covers so little of the way to its targets has met a fixed point of the retraction
 
 
@@ -161,7 +162,7 @@ def climb(ascent: Ascent, draws: Draws | None, tol: float, limit: int, tick: Cal
     A sweep is halved while the bound falls by more than the draws' own noise.  `tick` is told the bound after
     every sweep, and says whether there may be another.
     """
-    first, previous, rate, ceiling = math.inf, math.inf, 1.0, 1.0
+    first, previous, rate, ceiling, factor = math.inf, math.inf, 1.0, 1.0, 1.0
     values: Tensor | None = None if ascent.beliefs.points else ascent.finite_estimates(draws)
     remaining, last = math.inf, None
     for number in range(limit):
@@ -171,10 +172,12 @@ def climb(ascent: Ascent, draws: Draws | None, tol: float, limit: int, tick: Cal
             return Climb(remaining < 10 * tol, min(first, remaining), remaining)
         values, rate = moved.values, moved.rate
         distance = max(moved.distance, moved.astray)
-        remaining = distance * extrapolation(previous, distance)
+        # the first ratio of two steps shows the directions that end at once, not the one that lags: two ratios on draws
+        slow, factor = factor, extrapolation(previous, distance)
+        remaining = distance * (factor if draws is None else max(factor, slow))
         first = distance if number == 0 else first
         more = tick(float(values.mean()))
-        if remaining < tol or distance < 1e-3 * tol:
+        if (remaining < tol and (draws is None or number > 1)) or distance < 1e-3 * tol:
             return Climb(True, first, remaining)
         if not more:
             break
@@ -241,8 +244,10 @@ def guarded_sweep(
                 ascent.estimate(draws)  # raises, and says more, where the bound was not finite to begin with
                 raise
             after = None
-        if after is not None and (before is None or _holds(before, after, ascent.program.messages.quadrature_noise)):
-            return Sweep(after, moved_nats(ascent, start) / rate**2, ascent.astray, rate)
+        if after is not None:
+            moved = moved_nats(ascent, start)
+            if before is None or _holds(before, after, 3.0 if moved < _SMALL else 1.0, ascent.program.messages.quadrature_noise):
+                return Sweep(after, moved / rate**2, ascent.astray, rate)
         rate *= 0.5
     ascent.beliefs = start
     return None
@@ -256,9 +261,15 @@ def _sweep(ascent: Ascent, names: list[str] | None, draws: Draws | None, rate: f
         ascent.sweep([name], draws, 1.0 if whole else rate)
 
 
-def _holds(before: Tensor, after: Tensor, noise: float) -> bool:
+def _holds(before: Tensor, after: Tensor, errors: float, noise: float) -> bool:
+    """Whether the bound has not fallen by more than so many standard errors of its gain, and what integrals by points leave.
+
+    Messages from draws vanish near the maximum of the same draws' bound, as near as one such error says, not at it: small steps
+    need room, or they end short of where messages vanish.
+    """
     gain = after - before if after.shape == before.shape else after.mean() - before.mean().unsqueeze(0)
-    return float(gain.mean()) >= -standard_error(gain) - noise - 1e-9 * max(1.0, abs(float(before.mean())))
+    slack = errors * standard_error(gain) + noise + 1e-9 * max(1.0, abs(float(before.mean())))
+    return float(gain.mean()) >= -slack
 
 
 def moved_nats(ascent: Ascent, start: Beliefs) -> float:

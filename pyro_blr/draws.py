@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_blr.arguments import mean_leaf
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import Block, is_gaussian
-from pyro_blr.estimators import gaussian_leaves, standard_normal_draws
+from pyro_blr.estimators import gaussian_leaves, standard_normals, uniform_levels
 from pyro_blr.running import isolated_random_state
 
 __all__ = ["Draws", "fresh_seed", "unit_width"]
@@ -28,12 +28,14 @@ class Draws:
     """`size` draws a block, a function of q and one seed; none (`size` 0) is the delta method, everything at
     its mean.
 
-    The Gaussian blocks of a model share one low-discrepancy sequence, small blocks first.
+    The continuous blocks of a model share one low-discrepancy sequence of levels in (0, 1), small blocks first.  A draw is
+    smooth in λ at its levels: Gaussian quantiles, or the family's own `at_levels`.
     """
 
     seed: int
     size: int
-    _noise: dict[str, Tensor] = field(default_factory=dict)
+    _noise: dict[str, Tensor] = field(default_factory=dict)  # normals of Gaussian blocks, levels of others
+    _last: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # λ and the draws there
 
     def leaves(
         self, blocks: Mapping[str, Block], names: Sequence[str], beliefs: Beliefs, every: Sequence[str]
@@ -41,35 +43,65 @@ class Draws:
         """(size, *leaf) draws of the named blocks; `every` names all that are ever drawn together."""
         return {name: self._leaf(blocks, name, beliefs, every) for name in names}
 
-    def seed_of(self, name: str) -> int:
-        """The seed of one block's draws."""
-        return (self.seed + zlib.crc32(name.encode())) % (2**31)
+    def path(
+        self, blocks: Mapping[str, Block], name: str, beliefs: Beliefs, every: Sequence[str]
+    ) -> Callable[[Tensor], Tensor]:
+        """λ ↦ the block's (size, *leaf) draws, differentiable: where λ takes each of them, its levels fixed."""
+        family = blocks[name].family
+        if family.num_levels:
+            levels = self._noise_of(blocks, name, beliefs, every)
+            return lambda natural: family.at_levels(natural, levels)
+
+        def rejected(natural: Tensor) -> Tensor:
+            with isolated_random_state((self.seed + zlib.crc32(name.encode())) % (2**31)):
+                return family.to_distribution(natural).rsample((self.size,))
+
+        return rejected
 
     def _leaf(self, blocks: Mapping[str, Block], name: str, beliefs: Beliefs, every: Sequence[str]) -> Tensor:
         block, moments = blocks[name], beliefs.moments[name]
         if is_gaussian(block.family):
             if self.size == 0:
                 return moments["mean"].unsqueeze(0)
-            shape = moments["mean"].shape
-            if name not in self._noise or self._noise[name].shape[1:] != shape:
-                self._draw_noise({n: beliefs.moments[n]["mean"] for n in every if is_gaussian(blocks[n].family)})
-            return gaussian_leaves(moments, self._noise[name])
-        if self.size == 0 and not block.is_discrete:
+            return gaussian_leaves(moments, self._noise_of(blocks, name, beliefs, every))
+        if block.is_discrete:
+            with isolated_random_state((self.seed + zlib.crc32(name.encode())) % (2**31)):
+                return block.family.to_distribution(beliefs.naturals[name]).sample((max(self.size, 1),))
+        if self.size == 0:
             return mean_leaf(block, moments).unsqueeze(0)
-        with isolated_random_state(self.seed_of(name)):
-            sample = block.family.to_distribution(beliefs.naturals[name]).sample((max(self.size, 1),))
-        return sample if block.is_discrete else sample.to(block.dtype)
+        natural, found = self._last.get(name, (None, None))
+        if found is None or natural is not beliefs.naturals[name]:
+            natural = beliefs.naturals[name]
+            with torch.no_grad():
+                found = self.path(blocks, name, beliefs, every)(natural).to(block.dtype)
+            self._last[name] = natural, found
+        return found
 
-    def _draw_noise(self, means: Mapping[str, Tensor]) -> None:
-        order = sorted(means, key=lambda name: means[name].numel())
-        total = sum(mean.numel() for mean in means.values())
-        joint = standard_normal_draws(self.size, total, self.seed, torch.float64, torch.device("cpu"))
+    def _noise_of(self, blocks: Mapping[str, Block], name: str, beliefs: Beliefs, every: Sequence[str]) -> Tensor:
+        shape = _noise_shape(blocks[name], beliefs, name)
+        if name not in self._noise or self._noise[name].shape[1:] != shape:
+            self._draw_noise(blocks, beliefs, every)
+        return self._noise[name]
+
+    def _draw_noise(self, blocks: Mapping[str, Block], beliefs: Beliefs, every: Sequence[str]) -> None:
+        shapes = {name: _noise_shape(blocks[name], beliefs, name) for name in every if not blocks[name].is_discrete}
+        order = sorted(shapes, key=lambda name: shapes[name].numel())
+        joint = uniform_levels(self.size, sum(shape.numel() for shape in shapes.values()), self.seed)
         start = 0
         for name in order:
-            mean = means[name]
-            part = joint[:, start : start + mean.numel()]
-            self._noise[name] = part.reshape(self.size, *mean.shape).to(mean)
-            start += mean.numel()
+            size, natural = shapes[name].numel(), beliefs.naturals[name]
+            levels = joint[:, start : start + size]
+            normal = is_gaussian(blocks[name].family)
+            noise = (standard_normals(levels) if normal else levels).reshape(self.size, *shapes[name])
+            self._noise[name] = noise.to(beliefs.moments[name]["mean"] if normal else natural)
+            start += size
+
+
+def _noise_shape(block: Block, beliefs: Beliefs, name: str) -> torch.Size:
+    """One draw's normals or levels: (*batch, d)."""
+    if is_gaussian(block.family):
+        return beliefs.moments[name]["mean"].shape
+    return torch.Size([*beliefs.naturals[name].shape[:-1], block.family.num_levels])
 
 
 def unit_width(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:

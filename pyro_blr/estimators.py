@@ -27,27 +27,33 @@ __all__ = [
     "reparameterised",
     "score_function",
     "standard_error",
-    "standard_normal_draws",
+    "standard_normals",
+    "uniform_levels",
 ]
 
 _HESSIAN_DIM = 200  # directions at most for a Hessian; beyond, Price's theorem by parts
 _SOBOL_DIM = 1024
 
 
-def standard_normal_draws(num_samples: int, dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(num_samples, dim) standard normals, antithetic: scrambled Sobol points in the first dims,
-    pseudo-random ones beyond.
+def uniform_levels(num_samples: int, dim: int, seed: int) -> Tensor:
+    """(num_samples, dim) levels in (0, 1), on the CPU in float64, antithetic (u, then 1 − u): scrambled Sobol points in the
+    first dims, pseudo-random ones beyond.
     """
     half, sobol = (num_samples + 1) // 2, min(dim, _SOBOL_DIM)
-    uniform = torch.quasirandom.SobolEngine(max(sobol, 1), scramble=True, seed=seed).draw(half, dtype=torch.float64)
-    normal = torch.special.ndtri(uniform[:, :sobol].clamp(1e-12, 1 - 1e-12))
+    levels = torch.quasirandom.SobolEngine(max(sobol, 1), scramble=True, seed=seed).draw(half, dtype=torch.float64)
+    levels = levels[:, :sobol]
     if dim > sobol:
         generator = torch.Generator().manual_seed(seed)
-        normal = torch.cat(
-            [normal, torch.randn(half, dim - sobol, generator=generator, device="cpu", dtype=torch.float64)],
-            -1,
-        )
-    return torch.cat([normal, -normal])[:num_samples].to(dtype=dtype, device=device)
+        rest = torch.rand(half, dim - sobol, generator=generator, device="cpu", dtype=torch.float64)
+        levels = torch.cat([levels, rest], -1)
+    levels = levels.clamp(1e-12, 1 - 1e-12)
+    return torch.cat([levels, 1 - levels])[:num_samples]
+
+
+def standard_normals(levels: Tensor) -> Tensor:
+    """Standard normals (S, dim) at `uniform_levels`; the second half is minus the first, without rounding."""
+    normal = torch.special.ndtri(levels[: (levels.shape[0] + 1) // 2])
+    return torch.cat([normal, -normal])[: levels.shape[0]]
 
 
 def gaussian_leaves(moments: dict[str, Tensor], noise: Tensor) -> Tensor:
@@ -214,22 +220,22 @@ def reparameterised(
     function: Function,
     family: ExponentialFamily,
     natural: Tensor,
-    leaves_like: Tensor,
+    draw: Callable[[Tensor], Tensor],
     others: Any,
     elements: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """∇_μ E f = F(λ)⁻¹ ∇_λ E f, the gradient taken along λ → distribution → (implicitly reparameterised)
-    sample.
+    """∇_μ E f = F(λ)⁻¹ ∇_λ E f, the gradient taken along λ → (implicitly reparameterised) draws.
 
-    F is estimated from the same draws, column by column as the gradient of E T_k, wherever they are many
-    enough: then ⟨m, T⟩ has the message m, whatever the draws (Salimans and Knowles 2013, section 5).  Draws
-    come from torch's generator, as many as `leaves_like` has: fix its state to draw alike at another λ.
+    `draw(λ)` is (S, *batch, *event), differentiable in λ; f takes it in `dtype`.  F is estimated from the same draws, column
+    by column as the gradient of E T_k, wherever they are many enough: then ⟨m, T⟩ has the message m, whatever the draws
+    (Salimans and Knowles 2013, section 5).
     """
-    count = leaves_like.shape[0]
     leaf_natural = natural.detach().requires_grad_()
     with torch.enable_grad():
-        samples = family.to_distribution(leaf_natural).rsample((count,))
-        gradients = gradients_at(function, samples.detach().to(leaves_like.dtype), others, elements)
+        samples = draw(leaf_natural)
+        count = samples.shape[0]
+        gradients = gradients_at(function, samples.detach().to(dtype or samples.dtype), others, elements)
 
         def along(cotangent: Tensor) -> Tensor:
             return torch.autograd.grad(samples, leaf_natural, cotangent.detach() / count, retain_graph=True)[0]

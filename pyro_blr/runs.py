@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from pyro_blr.accuracy import ERROR, MonteCarloError, Optima
 from pyro_blr.ascent import Ascent
-from pyro_blr.climbs import climb, moved_nats, newton_start
+from pyro_blr.climbs import Climb, climb, moved_nats, newton_start
 from pyro_blr.diagnostics import Restart
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.gradients import ParameterUpdate
@@ -21,9 +22,11 @@ from pyro_blr.stopping import has_levelled, remaining_gain
 __all__ = ["Run"]
 
 CALM_SWEEPS = 10  # consecutive sweeps that the remaining gain must stay small for
-LEVELS = (64, 256, 1024, 4096)  # draws; each level starts from the optimum of the one before
+LEVELS = (64, 256, 1024, 4096, 16384)  # draws; each level starts from the optimum of the one before
 REPLAYED_LEVELS = (64, 256)  # the same where every draw runs the model again
+ENOUGH = 4096  # draws, beyond which only the error of a mean or sd asks for more, not that of the bound
 WORK = 2 * 10**9
+CLIMB = 5e-5  # nats that a climb on fixed draws may end from its optimum: 0.01 sd of one mean
 LEVEL_STEPS = 100  # sweeps at most on every level
 
 
@@ -148,45 +151,45 @@ class Run:
 
     def _sampled(self) -> None:
         """Newton-like steps on draws that stay fixed, four times as many draws at every level, until these no
-        longer matter.
+        longer matter: to the bound, and to any mean or sd.
         """
         seed, tol = fresh_seed(), max(self.tol, 1e-6)
         if self.first_step == 0:
             newton_start(self.ascent)
         replayed = any(plan.replayed for plan in self.program.plans.values())
         levels = REPLAYED_LEVELS if replayed else self._affordable()
-        climbed = None
+        optima, failed = Optima(), ""
         for level, size in enumerate(levels):
-            climbed = climb(self.ascent, Draws(seed + level, size), tol, LEVEL_STEPS, self._tock)
+            before = self.ascent.beliefs
+            climbed = climb(self.ascent, Draws(seed + level, size), min(tol, CLIMB), LEVEL_STEPS, self._tock)
+            optima.add(self.ascent.beliefs, size)
+            if self.num_steps >= self.max_steps and not climbed.converged:
+                failed = ""
+                break
+            failed = _unfinished(climbed, optima.error(), size, tol)
+            apart = moved_nats(self.ascent, before)
+            if not failed and (apart < tol or size >= ENOUGH or level == len(levels) - 1):
+                self._stop(
+                    f"the optima on {levels[level - 1]} and on {size} fixed draws are {apart:.2g} nats apart (tol={tol:g}), "
+                    f"their Monte-Carlo error is {optima.error().size:.1g} sd"
+                )
+                break
             if self.num_steps >= self.max_steps:
                 break
-            if climbed.converged and climbed.first < tol and level > 0:
-                self._stop(f"the optima on {levels[level - 1]} and on {size} fixed draws agree to tol={tol:g} nats")
-                break
-        else:
-            assert climbed is not None
-            if climbed.converged:
-                fewer = (
-                    f"; fewer draws differ by {climbed.first:.2g}" if len(levels) > 1 else ", as many as are affordable"
-                )
-                self._stop(f"the remaining distance on {size} fixed draws is below tol={tol:g} nats{fewer}")
-            else:
-                self.stop_reason = (
-                    f"the steps on {size} draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
-                )
+        self.stop_reason = self.stop_reason or failed
         if self.num_steps < self.max_steps:
             self.ascent.refuse_improper(seed, levels[-1], self.converged)
         self.ascent.measure(Draws(fresh_seed(), levels[-1]))
 
     def _affordable(self) -> tuple[int, ...]:
-        """The levels whose sweep costs at most `WORK` numbers: large data determine their posterior from few
-        draws.
+        """The levels whose sweep costs at most `WORK` numbers, the first one twice where it is the only one: large data
+        determine their posterior from few draws.
         """
         messages = self.program.messages
         factors = [name for name, plan in self.program.plans.items() if not plan.exact]
         drawn = {name for factor in factors for name in self.program.plans[factor].sampled}
         cost = messages.elements(factors) * max((self.program.blocks[name].num_directions for name in drawn), default=1)
-        return tuple(size for size in LEVELS if size == LEVELS[0] or size * cost <= WORK)
+        return LEVELS[:1] + (tuple(size for size in LEVELS[1:] if size * cost <= WORK) or LEVELS[:1])
 
     def _tock(self, bound: float) -> bool:
         self._tick(bound)
@@ -213,3 +216,12 @@ class Run:
             ):
                 self._stop(f"the running mean of the bound over {window} steps no longer rises beyond its noise")
                 return
+
+
+def _unfinished(climbed: Climb, error: MonteCarloError, size: int, tol: float) -> str:
+    """Why an optimum on `size` fixed draws is not good enough; nothing where it is."""
+    if not climbed.converged and climbed.last >= tol:
+        return f"the steps on {size} draws did not settle: {climbed.last:.2g} nats apart, tol={tol:g}"
+    if error.size < ERROR:
+        return ""
+    return f"the Monte-Carlo error in {error.block!r} is {error.size:.2g} sd on {size} draws, expected {ERROR:g}"

@@ -15,7 +15,6 @@ from pyro_blr.draws import Draws, unit_width
 from pyro_blr.estimators import bonnet_price, enumerated, reparameterised, score_function
 from pyro_blr.families import LogNormal
 from pyro_blr.messages import Messages
-from pyro_blr.running import isolated_random_state
 from pyro_blr.smoothness import smoothness
 from pyro_blr.together import gaussian_natural, moved_together
 
@@ -191,8 +190,8 @@ class Targets:
             if "hessian" in gradients:
                 self._hessians[name] = gradients["hessian"]
             return block.family.message(natural, {key: g.double() for key, g in gradients.items()})
-        with isolated_random_state(draws.seed_of(name)):
-            message = reparameterised(function, block.family, natural, mine, others, elements)
+        path = draws.path(self.blocks, name, beliefs, self._every)
+        message = reparameterised(function, block.family, natural, path, others, elements, mine.dtype)
         self._controls[name] = {"statistics": message}
         return message
 

@@ -75,6 +75,7 @@ LAYERS = [
     "together",
     "program",
     "beliefs",
+    "accuracy",
     "draws",
     "targets",
     "ascent",

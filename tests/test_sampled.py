@@ -55,10 +55,12 @@ def best_gaussian(log_joint: Callable) -> tuple[float, float, float]:
     return place[0], math.exp(place[1]), value
 
 
-def fitted(model: Callable, seed: int = 0, **engine: Any) -> Any:
+def fitted(model: Callable, seed: int = 0, capped: bool = False, **engine: Any) -> Any:
+    """`capped`: as many draws as a model that has to be run for each may have, and their error is said to be too large."""
     pyro.set_rng_seed(seed)
     posterior = BLRInference(model, **{"blocks": "sites", **engine}).run(progress=False)
-    assert posterior.converged, posterior.stop_reason
+    assert posterior.converged != capped, posterior.stop_reason
+    assert not capped or "the Monte-Carlo error in" in posterior.stop_reason
     if posterior.elbo_kind.startswith("bound by quadrature"):
         assert posterior.elbo_se == 0
     else:
@@ -573,24 +575,25 @@ def best_normal_and_gamma() -> tuple[Any, Any, float]:
 
 
 def test_steps_agree_with_quadrature() -> None:
-    """A Gamma and a Normal site under one non-conjugate factor, 400 steps: within four standard errors, 0.07 sd of the
-    means and 0.018 of the sds (root mean squares over eleven seeds).
+    """A Gamma and a Normal site under one non-conjugate factor, 400 steps: within four standard errors, 0.013 sd of the
+    means and 0.006 of the sds (root mean squares over six seeds).
     """
     pyro.set_rng_seed(0)
     engine = BLRInference(normal_and_gamma)
     for _ in range(400):
         engine.step()
     normal, gamma, _ = best_normal_and_gamma()
-    near(engine.posterior["a"], normal.mean(), normal.std(), means=0.28, sds=0.072)
-    near(engine.posterior["rate"], gamma.mean(), gamma.std(), means=0.28, sds=0.072)
+    near(engine.posterior["a"], normal.mean(), normal.std(), means=0.052, sds=0.024)
+    near(engine.posterior["rate"], gamma.mean(), gamma.std(), means=0.052, sds=0.024)
 
 
-def test_a_run_agrees_with_quadrature() -> None:
-    """The same model: four standard errors of `run`, 0.06 sd of the means and 0.01 of the sds over four seeds."""
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_agrees_with_quadrature(seed: int) -> None:
+    """The same model: four standard errors of `run`, 0.01 sd of the means and 0.003 of the sds over ten seeds."""
     normal, gamma, bound = best_normal_and_gamma()
-    posterior = fitted(normal_and_gamma)
-    near(posterior["a"], normal.mean(), normal.std(), means=0.24, sds=0.04)
-    near(posterior["rate"], gamma.mean(), gamma.std(), means=0.24, sds=0.04)
+    posterior = fitted(normal_and_gamma, seed)
+    near(posterior["a"], normal.mean(), normal.std(), means=0.04, sds=0.012)
+    near(posterior["rate"], gamma.mean(), gamma.std(), means=0.04, sds=0.012)
     near_bound(posterior, bound)
 
 
@@ -645,7 +648,7 @@ def test_a_branch_on_a_discrete_site() -> None:
     for _ in range(50):
         loc, scale, _ = best_gaussian(lambda z, p=probs: stats.norm.logpdf(z) + table(z) @ p)
         probs = special.softmax(np.log(prior) + WEIGHTS @ table(loc + scale * NODES))
-    posterior = fitted(model)
+    posterior = fitted(model, capped=True)
     near(posterior["z"], loc, scale, means=0.15, sds=0.1)  # 256 draws
     torch.testing.assert_close(posterior["k"].probs, torch.as_tensor(probs), rtol=0.3, atol=0.01)
 
@@ -662,4 +665,4 @@ def test_a_continuous_site_that_leaves_torch() -> None:
             pyro.sample("y", dist.Normal(scale, 1.0), obs=y)
 
     loc, scale, _ = best_gaussian(lambda z: stats.norm.logpdf(z) + normal_lpdf(y, np.exp(z), 1.0))
-    near(fitted(model)["z"], loc, scale, means=0.2, sds=0.15)
+    near(fitted(model, capped=True)["z"], loc, scale, means=0.2, sds=0.15)

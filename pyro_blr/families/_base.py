@@ -36,6 +36,18 @@ class ExponentialFamily(ABC):
         """Whether values are counted rather than integrated over."""
         return False
 
+    @property
+    def num_levels(self) -> int:
+        """How many uniform levels in (0, 1) one value is made of by `at_levels`; 0 where there is no such map."""
+        return 0
+
+    def at_levels(self, natural: Tensor, levels: Tensor) -> Tensor:
+        """x(u) ~ q for u uniform on (0, 1)^num_levels: (*batch, p), (S, *batch, num_levels) -> (S, *batch, *event).
+
+        Smooth in λ and u and differentiable in λ, so that it may take low-discrepancy levels and reparameterise.
+        """
+        raise NotImplementedError(f"{self!r} makes no values of levels: num_levels is {self.num_levels}")
+
     @abstractmethod
     def sufficient_statistics(self, value: Tensor) -> Tensor:
         """T(x): (*batch, *event) -> (*batch, p)."""

@@ -8,7 +8,7 @@ import pyro.distributions as distributions
 import torch
 from torch import Tensor
 
-from . import _special
+from . import _quantiles, _special
 from ._base import ExponentialFamily, bend_positive, gradient_of
 from ._registry import register_family
 
@@ -26,6 +26,7 @@ class Beta(ExponentialFamily):
 
     event_shape = torch.Size()
     num_parameters = 2
+    num_levels = 2
 
     def sufficient_statistics(self, value: Tensor) -> Tensor:
         return torch.stack([value.log(), (-value).log1p()], -1)
@@ -60,6 +61,12 @@ class Beta(ExponentialFamily):
     def to_distribution(self, natural: Tensor) -> Any:
         concentration = natural + 1
         return distributions.Beta(concentration[..., 0], concentration[..., 1], validate_args=False)
+
+    def at_levels(self, natural: Tensor, levels: Tensor) -> Tensor:
+        """g₁ / (g₁ + g₀) of two Gammas, inside (0, 1) in floating point."""
+        first, second = _quantiles.log_standard_gamma(natural + 1, levels).unbind(-1)
+        limits = torch.finfo(natural.dtype)
+        return (first - second).to(natural.dtype).sigmoid().clamp(limits.tiny, 1 - limits.eps)
 
     def from_distribution(self, distribution: Any) -> Tensor:
         if isinstance(distribution, torch.distributions.Uniform):

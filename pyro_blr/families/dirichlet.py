@@ -8,7 +8,7 @@ import pyro.distributions as distributions
 import torch
 from torch import Tensor
 
-from . import _special
+from . import _quantiles, _special
 from ._base import ExponentialFamily, bend_positive, gradient_of
 from ._registry import register_family
 
@@ -31,6 +31,10 @@ class Dirichlet(ExponentialFamily):
 
     @property
     def num_parameters(self) -> int:
+        return self.num_categories
+
+    @property
+    def num_levels(self) -> int:
         return self.num_categories
 
     def sufficient_statistics(self, value: Tensor) -> Tensor:
@@ -63,6 +67,11 @@ class Dirichlet(ExponentialFamily):
 
     def to_distribution(self, natural: Tensor) -> Any:
         return distributions.Dirichlet(natural + 1, validate_args=False)
+
+    def at_levels(self, natural: Tensor, levels: Tensor) -> Tensor:
+        """g_k / Σ g of as many Gammas."""
+        logs = _quantiles.log_standard_gamma(natural + 1, levels).to(natural.dtype)
+        return logs.softmax(-1).clamp(torch.finfo(natural.dtype).tiny)
 
     def from_distribution(self, distribution: Any) -> Tensor:
         return distribution.concentration - 1

@@ -8,7 +8,7 @@ import pyro.distributions as distributions
 import torch
 from torch import Tensor
 
-from . import _special
+from . import _quantiles, _special
 from ._base import ExponentialFamily, bend_positive, gradient_of
 from ._registry import register_family
 
@@ -25,6 +25,7 @@ class Gamma(ExponentialFamily):
 
     event_shape = torch.Size()
     num_parameters = 2
+    num_levels = 1
 
     def _arguments(self, natural: Tensor) -> tuple[Tensor, Tensor]:
         """α and β."""
@@ -66,6 +67,10 @@ class Gamma(ExponentialFamily):
 
     def to_distribution(self, natural: Tensor) -> Any:
         return distributions.Gamma(*self._arguments(natural), validate_args=False)
+
+    def at_levels(self, natural: Tensor, levels: Tensor) -> Tensor:
+        concentration, rate = self._arguments(natural)
+        return _quantiles.standard_gamma(concentration, levels[..., 0]) / rate
 
     def from_distribution(self, distribution: Any) -> Tensor:
         if isinstance(distribution, torch.distributions.Exponential):

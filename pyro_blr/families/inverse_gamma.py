@@ -8,7 +8,7 @@ import pyro.distributions as distributions
 import torch
 from torch import Tensor
 
-from . import _special
+from . import _quantiles, _special
 from ._base import ExponentialFamily, bend_positive, gradient_of
 from ._registry import register_family
 
@@ -26,6 +26,7 @@ class InverseGamma(ExponentialFamily):
 
     event_shape = torch.Size()
     num_parameters = 2
+    num_levels = 1
 
     def _arguments(self, natural: Tensor) -> tuple[Tensor, Tensor]:
         """α and β."""
@@ -67,6 +68,10 @@ class InverseGamma(ExponentialFamily):
 
     def to_distribution(self, natural: Tensor) -> Any:
         return distributions.InverseGamma(*self._arguments(natural), validate_args=False)
+
+    def at_levels(self, natural: Tensor, levels: Tensor) -> Tensor:
+        concentration, rate = self._arguments(natural)
+        return rate / _quantiles.standard_gamma(concentration, levels[..., 0])
 
     def from_distribution(self, distribution: Any) -> Tensor:
         return torch.stack([-distribution.concentration - 1, -distribution.rate], -1)

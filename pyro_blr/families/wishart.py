@@ -8,7 +8,7 @@ import pyro.distributions as distributions
 import torch
 from torch import Tensor
 
-from . import _gaussian, _special
+from . import _gaussian, _quantiles, _special
 from ._base import ExponentialFamily, bend_positive, gradient_of
 from ._registry import register_family
 
@@ -68,6 +68,10 @@ class Wishart(ExponentialFamily):
     @property
     def num_parameters(self) -> int:
         return 1 + self.dimension * (self.dimension + 1) // 2
+
+    @property
+    def num_levels(self) -> int:
+        return self.dimension * (self.dimension + 1) // 2
 
     def _arguments(self, natural: Tensor) -> tuple[Tensor, Tensor]:
         """a = ν/2 and the rate R = W⁻¹/2."""
@@ -137,6 +141,17 @@ class Wishart(ExponentialFamily):
         distribution = BartlettWishart(2 * half_df, _gaussian.scale_tril_of_precision(precision), validate_args=False)
         distribution.precision_matrix = precision  # the lazy property's value, known here to full accuracy
         return distribution
+
+    def at_levels(self, natural: Tensor, levels: Tensor) -> Tensor:
+        """(L B)(L B)ᵀ by Bartlett's decomposition, the diagonal of B first."""
+        half_df, rate = self._arguments(natural)
+        halves = torch.arange(self.dimension, dtype=natural.dtype, device=natural.device) / 2
+        square = 2 * _quantiles.standard_gamma(half_df.unsqueeze(-1) - halves, levels[..., : self.dimension])
+        row, column = torch.tril_indices(self.dimension, self.dimension, -1, device=natural.device)
+        root = square.sqrt().diag_embed()
+        root[..., row, column] = torch.special.ndtri(levels[..., self.dimension :]).to(natural.dtype)
+        root = _gaussian.scale_tril_of_precision(2 * rate) @ root
+        return root @ root.mT
 
     def from_distribution(self, distribution: Any) -> Tensor:
         return self._natural(distribution.df / 2, 0.5 * distribution.precision_matrix)
