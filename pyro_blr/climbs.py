@@ -246,7 +246,9 @@ def guarded_sweep(
             after = None
         if after is not None:
             moved = moved_nats(ascent, start)
-            if before is None or _holds(before, after, 3.0 if moved < _SMALL else 1.0, ascent.program.messages.quadrature_noise):
+            if before is None or _holds(
+                before, after, 3.0 if moved < _SMALL else 1.0, ascent.program.messages.quadrature_noise
+            ):
                 return Sweep(after, moved / rate**2, ascent.astray, rate)
         rate *= 0.5
     ascent.beliefs = start

@@ -177,9 +177,10 @@ class Run:
             if self.num_steps >= self.max_steps:
                 break
         self.stop_reason = self.stop_reason or failed
+        many = min(levels[-1], ENOUGH)
         if self.num_steps < self.max_steps:
-            self.ascent.refuse_improper(seed, levels[-1], self.converged)
-        self.ascent.measure(Draws(fresh_seed(), levels[-1]))
+            self.ascent.refuse_improper(seed, many, self.converged)
+        self.ascent.measure(Draws(fresh_seed(), many))
 
     def _affordable(self) -> tuple[int, ...]:
         """The levels whose sweep costs at most `WORK` numbers, the first one twice where it is the only one: large data
