@@ -193,13 +193,18 @@ def plain(tree: Any) -> Any:
     """The same tree with every recorded tensor replaced by its value."""
     if isinstance(tree, Recorded):
         return tree._value
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(plain(item) for item in tree))
     if isinstance(tree, (tuple, list)):
-        return type(tree)(plain(item) for item in tree)
+        return _alike(tree, [plain(item) for item in tree])
     if isinstance(tree, dict):
         return {key: plain(item) for key, item in tree.items()}
     return tree
+
+
+def _alike(like: Sequence, items: list) -> Any:
+    """The items in a list, a tuple, a named tuple, or what torch returns with names (`sort`, `max`, `slogdet`), as `like` is."""
+    if isinstance(like, tuple) and hasattr(like, "_fields"):
+        return type(like)(*items)
+    return type(like)(items)
 
 
 @dataclass
@@ -253,7 +258,7 @@ class Tape:
                 self._append(node, self._latents[ref.index])
                 item = self._own(plain(item))
             items.append(item)
-        return items if type(result) is list else tuple(items)
+        return _alike(result, items)
 
     def call(self, function: Callable, args: tuple, kwargs: dict, operands: list[Recorded]) -> Any:
         """Runs `function` on the values of its operands and records what it did."""

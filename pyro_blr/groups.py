@@ -128,10 +128,9 @@ class _Search:
         pairs = [(pair, how) for pair, how in pairs if frozenset(pair) not in multiplied]
         pairs += [(pair, kind) for pair in combinations(drawn, 2)]
         pairs += [((a, b), kind) for a in drawn for b in sorted(affine & self.candidates) if self._in_location(plan, a)]
-        funnel = plan.at_random_points and self._is_latent_on_the_line(plan)
-        if funnel:
+        if plan.sampled and self._is_latent_on_the_line(plan):
             self.apart |= self._across_scales(plan)
-        if plan.enumerated or funnel:
+        if plan.enumerated or plan.sampled and self._is_latent_on_the_line(plan):
             pairs = [(pair, how) for pair, how in pairs if frozenset(pair) not in self._across_scales(plan)]
         return [_Edge(frozenset(pair), plan.factor.name, how) for pair, how in pairs if self._compatible(*pair)]
 
@@ -149,7 +148,7 @@ class _Search:
     def _is_latent_on_the_line(self, plan: FactorPlan) -> bool:
         """Whether a factor is a funnel: its joint density in a real value and its scale is unbounded where the scale vanishes.
 
-        Averaged over the value by itself it is not; and random points of both are too few to see which.
+        Averaged over the value by itself it is not; and draws of both are too few to see which.
         """
         return any(self._is_real(site) for site in self.graph.tape.latents_of(plan.factor.value))
 

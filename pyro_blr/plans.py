@@ -109,11 +109,6 @@ class FactorPlan:
         return not self.sampled
 
     @property
-    def at_random_points(self) -> bool:
-        """Whether the average is over draws, or over random points of many predictors."""
-        return bool(self.sampled) or (self.cut is not None and self.cut.is_wide)
-
-    @property
     def all_arguments(self) -> tuple[Argument, ...]:
         """The canonical arguments, and the predictors where there is a cut."""
         return (*self.arguments, *(predictor.argument for predictor in (self.cut.predictors if self.cut else ())))

@@ -126,8 +126,8 @@ class _Search:
                     cut = self._made(level, nodes, sites)
                     if cut is not None and is_elementwise(self.nodes.probe, plan, cut, names):
                         return replace(cut, by_rows=is_by_rows(self.nodes.probe, plan, cut, names))
-        if plan.enumerated:
-            return None
+        if plan.enumerated or self.graph.tape.latents_of(factor.value) & sites:
+            return None  # a latent and its scale are a funnel, whose tails random points miss
         return next(filter(None, (self._wide_cut(plan, level, names, sites) for level in levels if level)), None)
 
     def _wide_cut(self, plan: FactorPlan, level: _Level, names: Sequence[str], sites: frozenset[str]) -> Cut | None:

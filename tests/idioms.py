@@ -1086,6 +1086,16 @@ def printed():
     observe(2 * z)
 
 
+@idiom("exact")
+def named_results():
+    """`sort`, `max` and `linalg.slogdet` return tuples with names."""
+    z = z_site(shape=(2,))
+    ordered = z.sort(descending=True)
+    smallest = torch.min(z, dim=0)
+    matrix = torch.diag(torch.tensor([2.0, 3.0]))
+    observe(ordered.values[0] + smallest.values + 0 * ordered.indices.sum() + torch.linalg.slogdet(matrix).logabsdet)
+
+
 @idiom("sampled")
 def conditional_operator():
     observe(torch.cond(torch.tensor(True), lambda z: 2 * z, lambda z: 3 * z, (z_site(),)))
