@@ -22,6 +22,7 @@ from pyro_blr.probe import Probe
 __all__ = ["CANDIDATES", "AffineNodes", "fits"]
 
 CANDIDATES = 40  # nodes at most that are tried as predictors
+_PLACES = 3  # at which a site must move a node
 
 
 class AffineNodes:
@@ -121,7 +122,30 @@ class AffineNodes:
             linear = kind.form in (Form.SELECTION, Form.AFFINE, Form.COMPLEMENT)
             if not (linear or (kind.form is Form.MONOMIAL and kind.power == 1)):
                 return None
-        return ref if self._is_affine(ref, mine) else None
+        return ref if self._is_affine(ref, mine) and all(self._moves_all(ref, site) for site in transformed) else None
+
+    def _moves_all(self, ref: Ref, site: str) -> bool:
+        """Whether every element follows a site wherever the others are.
+
+        Where structure says nothing, values that stay the same may lie in a clamp's flat part, and not on a line.
+        """
+        block = self.block_of[site]
+        for _ in range(_PLACES):
+            place = {
+                b.name: self.probe.point(b)
+                for b in self._blocks_of(self.graph.tape.latents_of(ref) & set(self.block_of))
+            }
+            leaf, other = place[block.name], self.probe.point(block)
+            if block.is_joint:
+                member = next(member for member in block.members if member.site.name == site)
+                entries = slice(member.start, member.stop)
+                moved = leaf.clone()
+                moved[..., entries] = other[..., entries]
+                other = moved
+            start, end = (self.probe.evaluate(ref, {**place, block.name: x}) for x in (leaf, other))
+            if not bool((start != end).all()):
+                return False
+        return True
 
     def _is_transformed(self, site: str) -> bool:
         block = self.block_of[site]

@@ -741,6 +741,25 @@ def test_what_explain_says() -> None:
     assert explanation.bound_kind.startswith("bound by quadrature")
 
 
+def test_the_flat_part_of_a_clamp_is_no_line() -> None:
+    """An epidemic that is over at every place that is looked at: the last infected are no affine predictor."""
+
+    def model() -> None:
+        rate, first = pyro.sample("rate", dist.LogNormal(0.0, 0.5)), pyro.sample("first", dist.LogNormal(0.0, 0.5))
+        left, ill = 300.0 - first, first
+        for t in range(12):
+            new = rate * left * ill / 300
+            left, ill = (left - new).clamp(min=1e-3), (0.6 * ill + new).clamp(min=1e-3, max=20.0)
+            pyro.sample(f"seen{t}", dist.Poisson(ill), obs=torch.tensor(float(t)))
+        far = (rate.log() - 40).clamp(min=0.1) + first.log()
+        pyro.sample("flat", dist.StudentT(3.0, far, 1.0), obs=torch.tensor(1.0))
+
+    for how in ("auto", "sites"):
+        for name, plan in plans(model, how).items():
+            if plan.factor.is_observed:  # the two sites themselves, at best
+                assert plan.cut is None or len(plan.cut.predictors) == 2, name
+
+
 def test_what_is_not_elementwise_is_drawn() -> None:
     """Rows that meet below the predictors: Monte Carlo, as before."""
 
