@@ -204,7 +204,7 @@ def _alike(like: Sequence, items: list) -> Any:
     """The items in a list, a tuple, a named tuple, or what torch returns with names (`sort`, `max`, `slogdet`), as `like` is."""
     if isinstance(like, tuple) and hasattr(like, "_fields"):
         return type(like)(*items)
-    return type(like)(items)
+    return type(like)(items)  # type: ignore[call-arg]
 
 
 @dataclass
