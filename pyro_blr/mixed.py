@@ -26,7 +26,8 @@ from pyro_blr.program import Program, Programs
 from pyro_blr.readings import Part, ReadGuide, UnreadableGuide
 from pyro_blr.remainder import HeldModel, Substituted, rest_of
 from pyro_blr.rules import RobbinsMonro
-from pyro_blr.running import isolated_random_state, same_run, unwrap
+from pyro_blr.running import isolated_random_state, unwrap
+from pyro_blr.sameness import same_run
 from pyro_blr.steps import first_targets, take_step
 
 __all__ = ["MixedFit", "guide_fit"]

@@ -21,7 +21,8 @@ from pyro_blr.lowering import lowered
 from pyro_blr.messages import Messages
 from pyro_blr.plans import PROVED, FactorPlan
 from pyro_blr.predictors import with_quadrature
-from pyro_blr.running import generic_value, run_model, run_sharing, same_run, subsample_values
+from pyro_blr.running import generic_value, run_model, run_sharing, subsample_values
+from pyro_blr.sameness import Written, same_run
 from pyro_blr.sharing import treats_elements_alike
 
 __all__ = ["Program", "Programs"]
@@ -59,6 +60,7 @@ class Program:
     """One run of a model, understood."""
 
     trace: poutine.Trace
+    written: Written
     graph: FactorGraph
     blocks: Mapping[str, Block]
     plans: Mapping[str, FactorPlan]
@@ -125,14 +127,14 @@ class Programs:
         self._chosen: tuple[frozenset[str], Grouping] | None = None  # under `"auto"`, for these sites
         self._last: Program | None = None
         self._judged: dict[Any, tuple[Mapping[str, FactorPlan], _Latents, _Latents]] = {}
-        self._generic: dict[str, Tensor] = {}
+        self._generic: dict[str, tuple[Tensor, int]] = {}  # with the writes into it when it was made
         self._orders: dict[Any, dict[str, int]] = {}
         self._shares = True  # large discrete sites stand in one state throughout, as far as is known
 
     def run(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """The program of the model's run on these arguments; draws subsample indices from torch's generator."""
         trace = self._trace(args, kwargs)
-        if self._last is not None and same_run(self._last.trace, trace):
+        if self._last is not None and not self._last.written and same_run(self._last.trace, trace):
             return self._last
         program = self._understand(trace, args, kwargs)
         if program is None:  # one state for all elements is not what the program says: from now on a state an element
@@ -170,14 +172,16 @@ class Programs:
         return trace
 
     def _choose(self, name: str, distribution: Any) -> Tensor:
-        value = self._generic.get(name)
+        value, version = self._generic.get(name, (None, 0))
         shape = distribution.batch_shape + distribution.event_shape
-        if value is None or value.shape != shape:
-            value = self._generic[name] = generic_value(name, distribution)
+        if value is None or value.shape != shape or value._version != version:
+            value = generic_value(name, distribution)
+            self._generic[name] = value, value._version
         return value
 
     def _understand(self, trace: poutine.Trace, args: tuple, kwargs: Mapping[str, Any]) -> Program | None:
         """The program of a plain run; None where that shared states among elements which the model tells apart."""
+        written = Written(trace)
         graph = capture(self.model, args, kwargs, trace)
         if graph.shared and not treats_elements_alike(graph):
             return None
@@ -195,7 +199,7 @@ class Programs:
         if graph.shared and any(plan.replayed for plan in messages.plans.values()):
             return None
         orders, sweeps = self._orders.setdefault(key, {}), Sweeps(_suits_flattening(messages))
-        return Program(trace, graph, messages.blocks, messages.plans, messages, sweeps, factorisation, orders)
+        return Program(trace, written, graph, messages.blocks, messages.plans, messages, sweeps, factorisation, orders)
 
     def _factorisation(self, graph: FactorGraph, unfaithful: _Latents) -> str | Sequence[Sequence[str]] | Grouping:
         """What was asked for; `"auto"` is decided once for a model's sites, so that λ keeps its meaning."""

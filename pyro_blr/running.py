@@ -31,7 +31,6 @@ __all__ = [
     "node_log_prob",
     "run_model",
     "run_sharing",
-    "same_run",
     "site_value",
     "subsample_values",
     "unwrap",
@@ -237,53 +236,3 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
 def node_log_prob(node: Mapping[str, Any]) -> Tensor:
     """s_f log f of a traced statement, masked and scaled, elementwise over its batch."""
     return scale_and_mask(log_prob(node["fn"], node["value"]), node["scale"], node["mask"])
-
-
-def same_run(one: poutine.Trace, other: poutine.Trace) -> bool:
-    """Whether two plain runs at the same latents made the same statements with equal arguments and data.
-
-    The latents are generic, so that equal arguments mean equal inputs: whatever was computed from the first run still holds.
-    """
-    if list(one.nodes) != list(other.nodes):
-        return False
-    node: Any
-    mate: Any
-    for name, node in one.nodes.items():
-        mate = other.nodes[name]
-        if node["type"] != mate["type"]:
-            return False
-        if node["type"] in ("sample", "param"):
-            keys = ("fn", "value", "scale", "mask", "cond_indep_stack") if node["type"] == "sample" else ("value",)
-            if not all(_same(node[key], mate[key]) for key in keys):
-                return False
-    return True
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(_equal_values(a, b))
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (torch.distributions.Distribution, torch.distributions.Transform)):
-        return _same(_contents(a), _contents(b))
-    if isinstance(a, _Subsample):
-        return (a.size, a.subsample_size) == (b.size, b.subsample_size)
-    if isinstance(a, torch.distributions.constraints.Constraint):
-        return True  # built from arguments that are compared themselves
-    return bool(a == b)
-
-
-def _contents(item: Any) -> dict:
-    return {key: value for key, value in vars(item).items() if not key.startswith("_cached") and key != "_inv"}
-
-
-def _equal_values(a: Tensor, b: Tensor) -> bool:
-    if torch.equal(a, b):
-        return True
-    return a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all())

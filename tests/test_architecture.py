@@ -38,6 +38,7 @@ LAYERS = [
     "graph",
     "sharing",
     "running",
+    "sameness",
     "capture",
     "arbiter",
     "members",
