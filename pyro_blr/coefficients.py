@@ -86,10 +86,11 @@ def _linear(
     base = at(torch.zeros(sum(sizes), dtype=torch.float64), seed)
     columns = [at(unit, seed) for unit in torch.eye(sum(sizes), dtype=torch.float64)]
     weights = {n: torch.stack([_loc(column[n]) - _loc(base[n]) for column in columns], -1) for n in gaussian}
+    narrow = {n: w.to(base[n].arguments["loc"].dtype) for n, w in weights.items()}  # as exact as the guide is
     z = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     other = at(z, seed + 10)
     affine = frozenset(n for n in gaussian if _agrees(base[n], other[n], weights[n] @ z))
-    return _Linear({n: slot.value.clone() for n, slot in slots.items()}, base, weights, affine)
+    return _Linear({n: slot.value.clone() for n, slot in slots.items()}, base, narrow, affine)
 
 
 def _loc(law: Law) -> Tensor:

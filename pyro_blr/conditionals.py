@@ -19,7 +19,7 @@ from pyro_blr.readings import Part, UnreadableGuide
 
 __all__ = ["Coefficient", "Conditional", "Conditionals"]
 
-_OFF = 1e-6  # correlation, given its parents, of what the guide holds independent
+_OFF = 1e-4  # correlation, given its parents, of what the guide holds independent: ½ of its square is nats
 
 
 class Coefficient(NamedTuple):

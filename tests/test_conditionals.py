@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule, PyroParam
 from pyro.optim import SGD, Adam
 from torch import Tensor
 from torch.distributions import constraints
@@ -90,6 +91,32 @@ def test_a_chain_is_exact_in_one_step(length: int) -> None:
     assert engine.explain().to_dict()["ordinary"] == {}
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 0.8), (torch.float32, 0.05), (torch.float64, 1e-4)])
+def test_single_precision_and_tight_chains(dtype: torch.dtype, width: float) -> None:
+    """One observation y of z_6 ~ N(0, 1 + 5 w²), with noise of variance ¼."""
+    torch.set_default_dtype(dtype)
+
+    def model() -> None:
+        z = pyro.sample("z_1", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        for k in range(2, 7):
+            z = pyro.sample(f"z_{k}", dist.Normal(z, width).to_event(1))
+        pyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=torch.tensor([1.3]))
+
+    def guide() -> None:
+        z: Any = None
+        for k in reversed(range(1, 7)):
+            loc = pyro.param(f"loc_{k}", torch.tensor([0.3]))
+            if z is not None:
+                loc = pyro.param(f"kappa_{k}", torch.tensor([0.4])) * z + loc
+            z = pyro.sample(f"z_{k}", dist.Normal(loc, pyro.param(f"s_{k}", torch.ones(1)).exp()).to_event(1))
+
+    engine = engine_of(model, guide)
+    engine.step()
+    assert engine.explain().to_dict()["ordinary"] == {}
+    evidence = float(dist.Normal(0.0, (1.25 + 5 * width**2) ** 0.5).log_prob(torch.tensor(1.3)))
+    assert -engine.evaluate_loss() == pytest.approx(evidence, abs=1e-4 if dtype == torch.float32 else 1e-6)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss(loss: Any) -> None:
     y = torch.tensor([[0.8], [1.7]])
@@ -130,6 +157,50 @@ def test_matrices_of_coefficients(form: str) -> None:
     cover = design @ design.T + (0.49 + 0.25) * torch.eye(3)
     evidence = float(dist.MultivariateNormal(torch.zeros(3), cover).log_prob(y))
     assert -engine.evaluate_loss() == pytest.approx(evidence, abs=1e-8)
+
+
+@pytest.mark.parametrize("registered", ["PyroModule", "pyro.module"])
+def test_a_linear_layer_is_a_coefficient_and_an_intercept(registered: str) -> None:
+    """W and c are a layer's weight and bias, which the store holds too."""
+    y = torch.tensor([0.7, -1.1])
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("b", dist.Normal(a, 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(a.flip(0), 0.5).to_event(1), obs=y)
+
+    class Guide(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m, self.c = torch.nn.Parameter(torch.zeros(2)), PyroModule[torch.nn.Linear](2, 2)
+            self.s = PyroParam(torch.ones(2), constraint=positive)
+            self.t = PyroParam(torch.ones(2), constraint=positive)
+
+        def forward(self) -> None:
+            a = pyro.sample("a", dist.Normal(self.m, self.s).to_event(1))
+            pyro.sample("b", dist.Normal(self.c(a), self.t).to_event(1))
+
+    layer = torch.nn.Linear(2, 2)
+
+    def guide() -> None:
+        pyro.module("c", layer)
+        a = pyro.sample("a", dist.Normal(param("m", [0.0, 0.0]), param("s", [1.0, 1.0], positive)).to_event(1))
+        pyro.sample("b", dist.Normal(layer(a), param("t", [1.0, 1.0], positive)).to_event(1))
+
+    q = Guide() if registered == "PyroModule" else guide
+    engine = engine_of(model, q)
+    engine.step()
+    net = q.c if isinstance(q, Guide) else layer
+    np.testing.assert_allclose(net.weight.detach(), torch.eye(2), atol=1e-9)
+    np.testing.assert_allclose(net.bias.detach(), 0.0, atol=1e-9)
+    evidence = float(dist.Normal(torch.zeros(2), 1.25**0.5).log_prob(y).sum())
+    assert -engine.evaluate_loss() == pytest.approx(evidence, abs=1e-9)
+    assert torch.equal(pyro.get_param_store()["c.bias" if q is not guide else "c$$$bias"], net.bias)
+    with torch.no_grad():
+        net.bias.fill_(3.0)  # somebody else moves a parameter
+    assert -engine.evaluate_loss() < evidence - 1
+    engine.step()
+    assert -engine.evaluate_loss() == pytest.approx(evidence, abs=1e-9)
 
 
 def test_a_group_beside_families_and_beside_the_rest() -> None:
