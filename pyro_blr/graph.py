@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import probs_to_logits
@@ -47,7 +49,7 @@ class Site:
 
     @property
     def support(self) -> Any:
-        return _with_scalar_bounds(self.distribution.support)
+        return _with_scalar_bounds(_once_round(self.distribution))
 
     @property
     def scale(self) -> float:
@@ -56,6 +58,18 @@ class Site:
         for plate in self.plates:
             scale *= plate.size / max(plate.subsample_size, 1)
         return scale
+
+
+def _once_round(distribution: Any) -> Any:
+    """The support; of an angle (`VonMises`, whose density goes round for ever on the line) one round, where its integral is 1."""
+    base = distribution
+    while isinstance(base, (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)):
+        base = base.base_dist
+    support = distribution.support
+    if not isinstance(base, dist.VonMises):
+        return support
+    once = constraints.interval(-math.pi, math.pi)
+    return constraints.independent(once, support.event_dim) if support.event_dim else once
 
 
 def _with_scalar_bounds(support: Any) -> Any:

@@ -741,6 +741,31 @@ def test_what_explain_says() -> None:
     assert explanation.bound_kind.startswith("bound by quadrature")
 
 
+@pytest.mark.parametrize("in_plate", [False, True])
+def test_an_angle_goes_round_once(in_plate: bool) -> None:
+    """z ~ VonMises(0.5, 2), y ~ N(sin z, 0.2): its mean and sd by integration over one round; on the line it would be improper."""
+    seen = torch.tensor(0.6, dtype=torch.float64)
+
+    def model() -> None:
+        centre = torch.tensor(0.5, dtype=torch.float64)
+        if in_plate:
+            with pyro.plate("angles", 3):
+                z = pyro.sample("z", dist.VonMises(centre, 20.0).expand([3]))
+                pyro.sample("y", dist.Normal(z.sin(), 0.2), obs=seen.expand(3))
+        else:
+            z = pyro.sample("z", dist.VonMises(centre, 20.0))
+            pyro.sample("y", dist.Normal(z.sin(), 0.2), obs=seen)
+
+    grid = torch.linspace(-math.pi, math.pi, 20001, dtype=torch.float64)
+    log = 20.0 * (grid - 0.5).cos() - 0.5 * ((grid.sin() - seen) / 0.2) ** 2
+    weights = (log - log.logsumexp(0)).exp()
+    mean = float((weights * grid).sum())
+    sd = float((weights * (grid - mean) ** 2).sum()) ** 0.5
+    found = run(model)["z"]
+    assert bool(((found.mean - mean).abs() < 0.02 * sd).all())
+    assert bool(((found.stddev / sd - 1).abs() < 0.02).all())
+
+
 def test_the_flat_part_of_a_clamp_is_no_line() -> None:
     """An epidemic that is over at every place that is looked at: the last infected are no affine predictor."""
 
