@@ -182,10 +182,10 @@ class Ascent:
         """The ELBO from each draw, (S,): exact terms, plus the sampled ones given that draw."""
         messages = self.program.messages
         exact = [name for name, plan in self.program.plans.items() if plan.deterministic]
-        silent = self._silent()
+        silent, moments = self._silent(), None if self.beliefs.points else self.beliefs.wide
         total = messages.expected_log_prob(exact, self.beliefs.wide)
         total = total + messages.expected_log_jacobian(self.program.blocks, self.beliefs.wide)
-        total = total + messages.entropy(self.beliefs.naturals, silent).to(total.device)
+        total = total + messages.entropy(self.beliefs.naturals, silent, moments).to(total.device)
         if len(exact) == len(self.program.plans):
             return total.unsqueeze(0)
         assert draws is not None

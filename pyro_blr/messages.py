@@ -208,11 +208,16 @@ class Messages:
             largest = max(largest, states * max(map(math.prod, [factor.distribution.shape(), *shapes])))
         return largest
 
-    def entropy(self, naturals: Mapping[str, Tensor], silent: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Σ_i s_i H(q_i), in the block's own variable, without silent elements; a float64 scalar."""
+    def entropy(
+        self, naturals: Mapping[str, Tensor], silent: Mapping[str, Tensor] | None = None, moments: Moments | None = None
+    ) -> Tensor:
+        """Σ_i s_i H(q_i), in the block's own variable, without silent elements; a float64 scalar.  `moments` are λ's own, if at hand."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, block in self.blocks.items():
-            entropy = block.family.entropy(naturals[name])
+            if moments is None or not block.is_discrete:
+                entropy = block.family.entropy(naturals[name])
+            else:
+                entropy = block.family.entropy_from(naturals[name], moments[name])
             if silent is not None and name in silent:
                 entropy = torch.where(silent[name], 0.0, entropy)
             if block.copies is not None:

@@ -84,6 +84,7 @@ def test_kl_and_entropy_are_torchs(name: str, batch: tuple) -> None:
     close(family.kl(natural, natural), torch.zeros(batch, dtype=F64), 1e-12)
     close(ExponentialFamily.kl(inner, natural, other), family.kl(natural, other))
     close(ExponentialFamily.entropy(inner, natural), inner.entropy(natural))
+    close(inner.entropy_from(natural, inner.moments(natural)), inner.entropy(natural))
     if not name.startswith("Wishart"):  # torch has no KL of Wisharts
         close(family.kl(natural, other), torch.distributions.kl_divergence(q, p))
     close(family.entropy(natural), q.entropy())

@@ -101,6 +101,14 @@ class Categorical(ExponentialFamily):
         log_probs = self._by_state(natural).log_softmax(0)
         return -(log_probs.exp() * log_probs).sum(0)
 
+    def entropy_from(self, natural: Tensor, moments: Mapping[str, Tensor]) -> Tensor:
+        """A(λ) − ⟨λ, μ⟩ with A(λ) = max(λ, 0) − log max p: one logarithm an element, where −Σ p log p takes K."""
+        probs = moments["probs"]
+        if self.num_categories == 1:
+            return self.entropy(natural)
+        log_partition = natural.amax(-1).clamp_min(0) - probs.amax(-1).log()
+        return log_partition - (natural * probs[..., :-1]).sum(-1)
+
     def fisher(self, natural: Tensor) -> Tensor:
         """diag p − p pᵀ over the first K − 1 states."""
         probs = self.to_expectation(natural)
