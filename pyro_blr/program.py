@@ -22,7 +22,7 @@ from pyro_blr.messages import Messages
 from pyro_blr.plans import PROVED, FactorPlan
 from pyro_blr.predictors import with_quadrature
 from pyro_blr.running import generic_value, run_model, run_sharing, subsample_values
-from pyro_blr.sameness import Written, same_run
+from pyro_blr.sameness import Written, same_run, writes_into
 from pyro_blr.sharing import treats_elements_alike
 
 __all__ = ["Program", "Programs"]
@@ -174,9 +174,9 @@ class Programs:
     def _choose(self, name: str, distribution: Any) -> Tensor:
         value, version = self._generic.get(name, (None, 0))
         shape = distribution.batch_shape + distribution.event_shape
-        if value is None or value.shape != shape or value._version != version:
+        if value is None or value.shape != shape or writes_into(value) != version:
             value = generic_value(name, distribution)
-            self._generic[name] = value, value._version
+            self._generic[name] = value, writes_into(value)
         return value
 
     def _understand(self, trace: poutine.Trace, args: tuple, kwargs: Mapping[str, Any]) -> Program | None:

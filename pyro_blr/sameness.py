@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-__all__ = ["Written", "same_run"]
+__all__ = ["Written", "same_run", "writes_into"]
 
 
 class Written:
@@ -22,18 +22,21 @@ class Written:
         for node in nodes:
             if node["type"] == "sample":
                 parts = [node["fn"], node["scale"], node["mask"], node["value"] if node["is_observed"] else None]
-                seen.update((id(x), (x, x._version)) for x in _tensors(parts) if not x.requires_grad)
+                seen.update((id(x), (x, writes_into(x))) for x in _tensors(parts) if not x.requires_grad)
         self.versions = list(seen.values())
 
     def __bool__(self) -> bool:
-        return any(tensor._version != version for tensor, version in self.versions)
+        return any(writes_into(tensor) != version for tensor, version in self.versions)
+
+
+def writes_into(tensor: Tensor) -> int:
+    """How often a tensor's memory was written into; tensors of `torch.inference_mode` do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors(item: Any) -> Iterator[Tensor]:
-    """Tensors that count their writes; those of `torch.inference_mode` do not."""
     if isinstance(item, Tensor):
-        if not item.is_inference():
-            yield item
+        yield item
     elif isinstance(item, (tuple, list)):
         for part in item:
             yield from _tensors(part)
