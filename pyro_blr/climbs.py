@@ -138,8 +138,12 @@ def _spread(beliefs: Beliefs, name: str) -> Tensor:
 
 
 def _height(ascent: Ascent, name: str) -> float:
-    value = ascent.targets.at_mean(name, ascent.beliefs)
-    return value if math.isfinite(value) else -math.inf  # where a density overflows no step is to end
+    """The log density at a block's mean; −∞ where it overflows, or a matrix of the model has no factor: no step is to end there."""
+    try:
+        value = ascent.targets.at_mean(name, ascent.beliefs)
+    except torch.linalg.LinAlgError:
+        return -math.inf
+    return value if math.isfinite(value) else -math.inf
 
 
 @dataclass(frozen=True)
@@ -238,7 +242,7 @@ def guarded_sweep(
         try:
             _sweep(ascent, names, draws, rate)
             after = ascent.finite_estimates(draws)
-        except ImproperPosteriorError:
+        except (ImproperPosteriorError, torch.linalg.LinAlgError):
             if before is None:
                 ascent.beliefs = start
                 ascent.estimate(draws)  # raises, and says more, where the bound was not finite to begin with

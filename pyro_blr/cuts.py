@@ -117,9 +117,7 @@ def below(
     assert made is not None
     refs = [factor.value, *made.arguments.values()]
     value, *arguments = wide(graph.tape.evaluate(refs, env, inputs, known))
-    return made.distribution_class(**dict(zip(made.arguments, arguments, strict=True)), validate_args=False).log_prob(
-        value
-    )
+    return made.built(arguments).log_prob(value)
 
 
 def known_nodes(cut: Cut, points: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -185,8 +183,7 @@ class RowsBelow:
         values = self.graph.tape.evaluate([_chosen(ref, rows) for ref in self.refs], {}, inputs, known)
         if self.cut.log_prob is None:
             value, *arguments = values
-            named = dict(zip(self.made.arguments, arguments, strict=True))
-            values = [self.made.distribution_class(**named, validate_args=False).log_prob(value)]
+            values = [self.made.built(arguments).log_prob(value)]
         return values[0].expand(points.shape[:-1])
 
     def _flat(self, x: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,9 +99,12 @@ class Constructed:
 
     def rebuild(self, tape: Tape, latents: Mapping[str, Tensor], inputs: Any = None) -> Any:
         """The distribution at given latents, before Independent and masks."""
-        names = list(self.arguments)
-        values = tape.evaluate([self.arguments[name] for name in names], latents, inputs)
-        return self.distribution_class(**dict(zip(names, values, strict=True)), validate_args=False)
+        return self.built(tape.evaluate(list(self.arguments.values()), latents, inputs))
+
+    def built(self, values: Sequence[Any]) -> Any:
+        """The distribution with these arguments, unchecked (an ImproperUniform's constructor has no such option)."""
+        options = {} if issubclass(self.distribution_class, dist.ImproperUniform) else {"validate_args": False}
+        return self.distribution_class(**dict(zip(self.arguments, values, strict=True)), **options)
 
 
 @dataclass(frozen=True)

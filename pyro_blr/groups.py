@@ -99,19 +99,28 @@ class _Search:
     # -- what belongs together ----------------------------------------------------------------------------------------
 
     def _may_join(self, name: str) -> bool:
-        """Gaussian in some variable, with a statement that speaks of every element, and without wishes of its own."""
+        """Gaussian in some variable, or nothing lost if it were; with a statement that speaks of every element, and without
+        wishes of its own."""
         block, factor = self.blocks[name], self.graph.factors[name]
         site = self.graph.sites[name]
         wishes = site.infer.get("blr", {})
         inner = factor.constructed.mask if factor.constructed is not None else None
         return (
-            is_gaussian(block.family)
+            (is_gaussian(block.family) or self._is_only_drawn(name))
             and not block.elements
             and not set(wishes) & {"block", "family", "copies"}
             and (factor.mask is None or factor.mask is True)
             and inner is None
             and pushforward_family(site.support, site.shape[len(site.batch_shape) :]) is not None
         )
+
+    def _is_only_drawn(self, name: str) -> bool:
+        """Whether a site of another family has a closed form in its own prior only: as the Gaussian of an unconstrained variable
+        it has what its family has, and the correlations too."""
+        if self.blocks[name].is_discrete or self.graph.factors[name].latents != {name}:
+            return False
+        others = [p for p in self.plans.values() if name in p.factor.latents and p.factor.name != name]
+        return bool(others) and all(name in plan.sampled for plan in others)
 
     def _edges(self, plan: FactorPlan) -> list[_Edge]:
         """Pairs of sites that a factor couples; pairs that it multiplies in closed form are put apart."""

@@ -167,10 +167,7 @@ class _Search:
                 Recorded.wrap(tape.values[ref.index], tape, ref.index) if isinstance(ref, Ref) else ref for ref in refs
             )
             with Recording(tape):
-                distribution = made.distribution_class(
-                    **dict(zip(made.arguments, arguments, strict=True)), validate_args=False
-                )
-                found = tape.reference(distribution.log_prob(value))
+                found = tape.reference(made.built(arguments).log_prob(value))
         except Exception:  # a distribution may object to recorded tensors in any way
             return None
         finally:

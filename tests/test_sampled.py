@@ -579,7 +579,7 @@ def test_steps_agree_with_quadrature() -> None:
     means and 0.006 of the sds (root mean squares over six seeds).
     """
     pyro.set_rng_seed(0)
-    engine = BLRInference(normal_and_gamma)
+    engine = BLRInference(normal_and_gamma, blocks="sites")
     for _ in range(400):
         engine.step()
     normal, gamma, _ = best_normal_and_gamma()
@@ -609,6 +609,20 @@ def test_a_run_agrees_with_quadrature(seed: int) -> None:
     near(posterior["a"], normal.mean(), normal.std(), means=0.04, sds=0.012)
     near(posterior["rate"], gamma.mean(), gamma.std(), means=0.04, sds=0.012)
     near_bound(posterior, bound)
+
+
+def test_a_gamma_that_only_its_prior_has_in_closed_form_joins_what_it_depends_on() -> None:
+    """Under one non-conjugate factor q holds the correlation: twice the factorised sd of `a`, as the posterior has."""
+    found = BLRInference(normal_and_gamma).run(progress=False)
+    assert list(found.blocks) == ["a+rate"]
+    a, rate = np.meshgrid(np.linspace(-6, 6, 1201), np.linspace(1e-3, 15, 1500), indexing="ij")
+    residuals = Y.numpy()[:, None, None] - np.sin(a) - np.log1p(rate)
+    height = stats.norm.logpdf(a) + stats.gamma(2).logpdf(rate) - 2 * (residuals**2).sum(0)
+    share = np.exp(height - height.max())
+    share /= share.sum()
+    exact = math.sqrt(float((share * a**2).sum() - (share * a).sum() ** 2))
+    factorised = float(best_normal_and_gamma()[0].std())
+    assert abs(float(found["a"].stddev) - exact) < 0.5 * abs(factorised - exact)
 
 
 def test_a_failed_run_says_so() -> None:
