@@ -221,6 +221,7 @@ class Refusal(NamedTuple):
     says: str  # what the reason says besides the line
     remedy: str = ""
     member: str = ""  # the family of the best member that quadrature finds; "" where the site is no scalar
+    blocks: str = "auto"  # "sites" where a group would have one reason for all its sites
 
 
 REFUSALS = [
@@ -303,7 +304,15 @@ REFUSALS = [
         "the Gamma site alone",
         "gamma",
     ),
-    Refusal(sum_of_rates, "x", "a b", "rate", "rate is not proportional to {site}: add", "sums are not conjugate"),
+    Refusal(
+        sum_of_rates,
+        "x",
+        "a b",
+        "rate",
+        "rate is not proportional to {site}: add",
+        "sums are not conjugate",
+        blocks="sites",
+    ),
     Refusal(multiple_of_a_probability, "x", "p", "probs", "to p: mul", "the Beta site itself", "beta"),
     Refusal(multiple_of_a_simplex, "x", "p", "probs", "probs is not equal to p: mul", "the Dirichlet site itself"),
     Refusal(
@@ -338,7 +347,7 @@ def name_of(row: Refusal) -> str:
 @pytest.mark.parametrize("row", REFUSALS, ids=name_of)
 def test_reason_names_site_argument_operation_and_line(row):
     before = torch.get_rng_state()
-    explanation = BLRInference(row.model).explain()
+    explanation = BLRInference(row.model, blocks=row.blocks).explain()
     assert torch.equal(torch.get_rng_state(), before)
     assert not explanation.exact
     lines, first = inspect.getsourcelines(row.model)
