@@ -60,7 +60,8 @@ def one(problem: Any, seed: int) -> tuple[Verdict, int, float]:
     with gradients_counted() as count:
         posterior, seconds = fitted(problem, seed)
     took = time.process_time() - start
-    return judged(problem, posterior, seconds), count[0], took
+    drawn = posterior.elbo_kind.startswith("estimate")
+    return judged(problem, posterior, seconds), count[0] if drawn else 0, took
 
 
 def main() -> None:
