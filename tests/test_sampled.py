@@ -593,7 +593,7 @@ def test_steps_alone_agree_with_quadrature(monkeypatch: pytest.MonkeyPatch) -> N
     """
     monkeypatch.setattr("pyro_blr.inference._PATIENCE", math.inf)
     pyro.set_rng_seed(0)
-    engine = BLRInference(normal_and_gamma)
+    engine = BLRInference(normal_and_gamma, blocks="sites")
     for _ in range(100):
         engine.step()
     normal, gamma, _ = best_normal_and_gamma()
