@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_blr.families import Normal as NormalFamily
-from pyro_blr.families import family_of, pushforward_family
+from pyro_blr.families import TransformedNormal, family_of, pushforward_family
 
 
 def test_contains_knows_the_boundary_of_every_parameter() -> None:
@@ -225,3 +225,16 @@ def test_index_tensors_made_in_inference_mode_serve_autograd() -> None:
         family.moments(family.from_distribution(natural))
     leaf = family.from_distribution(natural).requires_grad_()
     torch.autograd.grad(family.moments(leaf)["covariance"].sum(), leaf)
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 5])
+def test_the_bijection_of_correlations_is_torchs_and_can_be_batched(dimension: int) -> None:
+    u = torch.randn(4, dimension * (dimension - 1) // 2, dtype=torch.float64)
+    theirs = torch.distributions.transforms.CorrCholeskyTransform()
+    family = pushforward_family(constraints.corr_cholesky, torch.Size([dimension, dimension]))
+    assert isinstance(family, TransformedNormal)
+    value, jacobian = theirs(u), theirs.log_abs_det_jacobian(u, theirs(u))
+    for each in (lambda f: f(u), lambda f: torch.func.vmap(f)(u)):
+        assert torch.allclose(each(family.constrain), value, atol=1e-14)
+        assert torch.allclose(each(family.log_abs_det_jacobian), jacobian, atol=1e-12)
+    assert torch.allclose(family.unconstrain(value), u, atol=1e-10)

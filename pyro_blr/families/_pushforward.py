@@ -52,6 +52,36 @@ class LowerCholeskyVector(transforms.Transform):
         return torch.Size([*shape[:-2], shape[-1] * (shape[-1] + 1) // 2])
 
 
+class CorrelationCholesky(transforms.CorrCholeskyTransform):
+    """torch's bijection onto Cholesky factors of correlation matrices, without writes and masks, so that it can be batched."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CorrelationCholesky)
+
+    def _call(self, x: Tensor) -> Tensor:
+        dimension = self.forward_shape(x.shape)[-1]
+        bound = 1 - torch.finfo(x.dtype).eps
+        below, entries = _strictly_below(dimension, x.device)
+        flat = torch.zeros(dimension * dimension, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], -1)
+        matrix = flat.index_copy(-1, entries, x.tanh().clamp(-bound, bound)).unflatten(-1, below.shape)
+        rest = (1 - matrix.square()).sqrt().cumprod(-1)
+        ones = torch.eye(dimension, dtype=x.dtype, device=x.device)
+        return (matrix + ones) * torch.nn.functional.pad(rest[..., :-1], (1, 0), value=1.0)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, intermediates: Any = None) -> Tensor:
+        below, _ = _strictly_below(y.shape[-1], y.device)
+        rest = torch.where(below.tril(-2), 1 - y.square().cumsum(-1), 1.0)
+        slope = -2 * (x + torch.nn.functional.softplus(-2 * x) - math.log(2.0))
+        return 0.5 * rest.log().sum((-2, -1)) + slope.sum(-1)
+
+
+def _strictly_below(dimension: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A mask of the entries below the diagonal, and their places row by row in the flattened matrix."""
+    below = torch.ones(dimension, dimension, dtype=torch.bool, device=device).tril(-1)
+    rows, columns = torch.tril_indices(dimension, dimension, -1, device=device).unbind(0)
+    return below, rows * dimension + columns
+
+
 def pushforward_family(support: Any, event_shape: torch.Size, *, diagonal: bool = False) -> ExponentialFamily | None:
     """The Gaussian family of a support: Normal or MultivariateNormal on ℝ and ℝᵈ, else TransformedNormal.
 
@@ -80,12 +110,14 @@ def pushforward_family(support: Any, event_shape: torch.Size, *, diagonal: bool 
 
 
 def _bijection(support: Any) -> Any:
-    """biject_to(support), completed where torch has only a surjection."""
+    """biject_to(support), completed where torch has only a surjection, written anew where `vmap` cannot follow it."""
     if isinstance(support, constraints.independent):
         inner = _bijection(support.base_constraint)
         return transforms.IndependentTransform(inner, support.reinterpreted_batch_ndims)
     if support is constraints.lower_cholesky:
         return LowerCholeskyVector()
+    if support is constraints.corr_cholesky:
+        return CorrelationCholesky()
     if support is constraints.positive_definite:
         return transforms.ComposeTransform([LowerCholeskyVector(), transforms.CholeskyTransform().inv])
     return biject_to(support)
