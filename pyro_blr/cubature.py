@@ -64,8 +64,14 @@ def random_values(function: RowFunction, mean: Tensor, covariance: Tensor, shape
 
 
 def _moved(mean: Tensor, root: Tensor, count: int, half: int) -> Tensor:
-    """m + L z, (count, n, k)."""
-    return mean + torch.einsum("nij,qnj->qni", root, _points(*mean.shape, count, half, mean.device))
+    """m + L R z, (count, n, k): the same z and R at every call, so that a climb climbs one function."""
+    n, k = mean.shape
+    turned = root @ _rotations(n, k, half).to(root.device)
+    points = mean.new_empty(count, n, k)
+    for turn, z in enumerate(_sets(k, count, half).to(mean.device)):
+        rows = slice(turn, None, _SETS)
+        points[:, rows] = mean[rows] + torch.einsum("nij,qj->qni", turned[rows], z)
+    return points
 
 
 def _averages(function: RowFunction, points: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,13 +104,10 @@ def _root(covariance: Tensor) -> Tensor:
     return torch.linalg.cholesky(covariance + torch.diag_embed(least.expand_as(diagonal)))
 
 
-@functools.lru_cache(maxsize=8)
-def _points(n: int, k: int, count: int, half: int, device: torch.device) -> Tensor:
-    """(count, n, k): the same at every call, so that a climb climbs one function."""
-    sets = torch.stack([_balanced(k, count, _SETS * half + s) for s in range(_SETS)])
-    turns = _rotations(n, k, half)
-    z = torch.einsum("nqj,nij->qni", sets[torch.arange(n) % _SETS], turns)
-    return z.to(device)
+@functools.lru_cache(maxsize=4)
+def _sets(k: int, count: int, half: int) -> Tensor:
+    """(S, count, k)"""
+    return torch.stack([_balanced(k, count, _SETS * half + s) for s in range(_SETS)])
 
 
 def _balanced(k: int, count: int, seed: int) -> Tensor:
@@ -116,6 +119,7 @@ def _balanced(k: int, count: int, seed: int) -> Tensor:
     return torch.cat([half, -half])
 
 
+@functools.lru_cache(maxsize=4)
 def _rotations(n: int, k: int, seed: int) -> Tensor:
     """(n, k, k) orthogonal matrices, uniform (Stewart 1980)."""
     generator = torch.Generator().manual_seed(seed)
