@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_blr.blocks import Block
 from pyro_blr.expressions import Ref
 from pyro_blr.graph import Factor, FactorGraph
-from pyro_blr.running import site_value
+from pyro_blr.running import generic_value, isolated_random_state, run_model, site_value, subsample_values
 from pyro_blr.shapes import broadcast_shape
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "check_graph",
     "check_loss_of_data",
     "check_natural",
+    "check_plates",
     "check_same_block",
     "check_same_sites",
 ]
@@ -155,6 +159,22 @@ def check_loss_of_data(observed: set[str], graph: FactorGraph) -> None:
         raise ValueError(
             f"observed site {lost[0]!r}: found no data (obs=None) in this step, expected data as in the steps before. "
             "Pass its data; to predict it, use Predictive(model, guide=engine.guide)"
+        )
+
+
+def check_plates(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Warns of plates that a guide has and its model has not, as `SVI` does while validation is on."""
+    if not is_validation_enabled():
+        return
+    with isolated_random_state(0), poutine.block(), torch.no_grad():
+        ours = subsample_values(poutine.trace(guide).get_trace(*args, **kwargs))
+        theirs = subsample_values(run_model(model, args, kwargs, generic_value))
+    foreign = sorted(set(ours) - set(theirs))
+    if foreign:
+        warnings.warn(
+            f"the guide has a plate {foreign[0]!r} that the model has not (its plates: {sorted(theirs)}): they share no indices where "
+            "they are subsampled. Give a plate the same name in both",
+            stacklevel=4,
         )
 
 

@@ -175,9 +175,12 @@ class GuideFit:
 
 def check_guide(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
     """Raises for a guide that samples what the model does not; leaves generators and parameters as they were."""
-    with isolated_random_state(0), pyro.poutine.block(), torch.no_grad():
-        of_guide = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
-        of_model = pyro.poutine.trace(pyro.poutine.replay(model, trace=of_guide)).get_trace(*args, **kwargs)
+    try:
+        with isolated_random_state(0), pyro.poutine.block(), torch.no_grad():
+            of_guide = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
+            of_model = pyro.poutine.trace(pyro.poutine.replay(model, trace=of_guide)).get_trace(*args, **kwargs)
+    except Exception:  # it may count on the dims that `loss` runs it in: the first loss says what is wrong
+        return
     ours = {n for n in of_model.nodes if of_model.nodes[n]["type"] == "sample"}
     latent = {name for name, _ in latent_nodes(of_model)}
     found = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_blr.ascent import Ascent
 from pyro_blr.autoguides import read_guide
 from pyro_blr.beliefs import Beliefs
-from pyro_blr.checks import check_loss_of_data, check_same_block, check_same_sites
+from pyro_blr.checks import check_loss_of_data, check_plates, check_same_block, check_same_sites
 from pyro_blr.diagnostics import linear_response
 from pyro_blr.explain import Explanation
 from pyro_blr.gradients import (
@@ -250,6 +250,8 @@ class BLRInference:
             except Exception as error:  # what cannot be read runs as under SVI, which says what else is wrong
                 reason = reason_of(error)
                 self._ordinary = guide_fit(self.model, self.guide, self.optim, self.loss, reason, args, kwargs)
+            else:
+                check_plates(self.model, self.guide, args, kwargs)
         if self._ordinary is None and self._q.refresh():  # somebody else moved the guide's parameters
             self._bound = self._settled = None
         return self._ordinary

@@ -22,6 +22,7 @@ from pyro.infer import (
     RenyiELBO,
     ReweightedWakeSleep,
     Trace_ELBO,
+    TraceEnum_ELBO,
     TraceTMC_ELBO,
 )
 from pyro.infer.autoguide import AutoNormal
@@ -870,6 +871,43 @@ def test_a_hand_written_guide_for_another_model():
 def test_an_autoguide_for_another_model():
     with pytest.raises(ValueError, match=r"the guide is for another model: found its sample sites \['p'\]"):
         BLRInference(line, AutoNormal(flags)).step(Y)
+
+
+@pytest.mark.parametrize("subsample_size", [None, 2])
+def test_a_plate_of_the_guide_alone(subsample_size):
+    """Indices that the guide draws for itself are none of the model's: Pyro warns of such a plate, and so do we."""
+
+    def model(y, plate="rows"):
+        with pyro.plate(plate, 3, subsample_size=subsample_size) as index:
+            z = pyro.sample("z", dist.Normal(tensor(0), 1))
+            pyro.sample("y", dist.Normal(z, 1), obs=y[index])
+
+    def guide(y, plate="lines"):
+        loc = pyro.param("loc", torch.zeros(3))
+        with pyro.plate("lines", 3, subsample_size=subsample_size) as index:
+            pyro.sample("z", dist.Normal(loc[index], pyro.param("scale", torch.ones(3))[index]))
+
+    with pytest.warns(UserWarning, match=r"a plate 'lines' that the model has not \(its plates: \['rows'\]\)"):
+        BLRInference(model, guide).evaluate_loss(Y)
+    BLRInference(model, guide).evaluate_loss(Y, plate="lines")
+    with pyro.validation_enabled(False):
+        BLRInference(model, guide).evaluate_loss(Y)
+
+
+def test_a_guide_that_counts_on_the_dims_of_its_loss():
+    """Run by itself it fails; under `TraceEnum_ELBO`, which is how it is meant to run, it does not."""
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(tensor(0.3)), infer={"enumerate": "parallel"})
+        assert z.shape == (2, 1), "not enumerated"
+        pyro.sample("x", dist.Bernoulli(0.2 + 0.5 * z), obs=tensor(1))
+
+    def guide():
+        pass
+
+    engine = BLRInference(model, guide, None, TraceEnum_ELBO(max_plate_nesting=1))
+    assert -engine.evaluate_loss() == pytest.approx(np.log(0.3 * 0.7 + 0.7 * 0.2))
+    assert -engine.step() == pytest.approx(np.log(0.3 * 0.7 + 0.7 * 0.2))
 
 
 def test_our_own_guide_of_another_model():
