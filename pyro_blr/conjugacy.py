@@ -7,7 +7,7 @@ one reads the recorded expression (`kinds`), the numerical one evaluates it (`pr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from pyro_blr.kinds import Form, Kind, Sort, kind_of
 from pyro_blr.likelihoods import Likelihood, Linear, Vector, likelihood_of
 from pyro_blr.plans import PROVED, Argument, FactorPlan, Verdict
 from pyro_blr.probe import Probe
-from pyro_blr.reasons import contradiction, family_name, misaligned, misfit, site_family, unrecorded
+from pyro_blr.reasons import contradiction, family_name, in_two_arguments, misaligned, misfit, site_family, unrecorded
 from pyro_blr.remedies import remedy_for
 from pyro_blr.running import generic_value
 
@@ -144,13 +144,16 @@ class _Judge:
             if name in self._blocks_of((factor.scale, factor.mask)):
                 reasons.setdefault(
                     name,
-                    (f"{' and '.join(self.blocks[name].site_names)} is in its scale or mask", _Finding(None, False)),
+                    (
+                        f"{' and '.join(self._sites(name, factor.latents))} is in its scale or mask",
+                        _Finding(None, False),
+                    ),
                 )
         findings = self._find(factor, arguments, continuous, reasons)
         sampled = tuple(name for name in continuous if name in reasons)
         analytic = tuple(name for name in continuous if name not in reasons)
         planned = tuple(self._planned(argument, findings, analytic) for argument in arguments)
-        verdicts = self._verdicts(factor, names, findings, reasons, sampled)
+        verdicts = self._verdicts(factor, names, planned, findings, reasons, sampled)
         return FactorPlan(factor, likelihood, planned, enumerated, analytic, sampled, verdicts)
 
     def renewed(self, factor: Factor, plan: FactorPlan) -> FactorPlan:
@@ -208,32 +211,34 @@ class _Judge:
     def _blocks_of(self, refs: Sequence[Any]) -> set[str]:
         return {self.block_of[site] for ref in refs for site in self.graph.tape.latents_of(ref)}
 
+    def _sites(self, block: str, latents: Collection[str]) -> list[str]:
+        """The block's sites among `latents`, those of a factor or of an argument."""
+        return [site for site in self.blocks[block].site_names if site in latents]
+
     # -- the two judges -----------------------------------------------------------------------------------------------
 
     def _find(
         self, factor: Factor, arguments: Sequence[Argument], continuous: Sequence[str], reasons: dict
     ) -> dict[tuple[str, str], _Finding]:
         findings: dict[tuple[str, str], _Finding] = {}
-        where: dict[str, list[str]] = {}
+        where: dict[str, list[Argument]] = {}
         for argument in arguments:
             for name in self._blocks_of((argument.ref,)):
                 if name in continuous:
-                    where.setdefault(name, []).append(argument.name)
+                    where.setdefault(name, []).append(argument)
                     if name not in reasons:
                         findings[argument.name, name] = self._judge(factor, argument, name)
         for name, places in where.items():
             if name in reasons:
                 continue
             if len(places) > 1:
-                reasons[name] = (
-                    f"{' and '.join(self.blocks[name].site_names)} is in two arguments: {' and '.join(places)}",
-                    findings[places[0], name],
-                )
+                held = {place.name: self._sites(name, self.graph.tape.latents_of(place.ref)) for place in places}
+                reasons[name] = (in_two_arguments(held), findings[places[0].name, name])
                 continue
-            finding = findings[places[0], name]
+            finding = findings[places[0].name, name]
             if finding.form is None:
-                argument = next(argument for argument in arguments if argument.name == places[0])
-                text = misfit(argument, self.blocks[name], finding.operation, finding.source, finding.cause)
+                here = self.graph.tape.latents_of(places[0].ref)
+                text = misfit(places[0], self.blocks[name], here, finding.operation, finding.source, finding.cause)
                 reasons[name] = (text, finding)
         return findings
 
@@ -289,7 +294,13 @@ class _Judge:
         return Argument(argument.name, argument.role, argument.ref, forms, mixed, products)
 
     def _verdicts(
-        self, factor: Factor, names: Sequence[str], findings: Mapping, reasons: Mapping, sampled: Sequence[str]
+        self,
+        factor: Factor,
+        names: Sequence[str],
+        arguments: Sequence[Argument],
+        findings: Mapping,
+        reasons: Mapping,
+        sampled: Sequence[str],
     ) -> tuple[Verdict, ...]:
         result = []
         for name in names:
@@ -300,14 +311,16 @@ class _Judge:
                     reason, finding = reasons[name]
                     if factor.source and not reason.endswith(")"):
                         reason += f" ({factor.source})"
-                    argument = next((a for (a, other) in findings if other == name), "")
+                    places = (a.name for a in arguments if site in self.graph.tape.latents_of(a.ref))
+                    argument = next((place for place in places if (place, name) in findings), "")
+                    finding = findings.get((argument, name), finding)
                     prior = site_family(self.graph.sites[site])
                     remedy = remedy_for(family_name(factor), argument, prior, finding.operation)
                     result.append(
                         Verdict(factor.name, site, False, "Monte Carlo", f"{factor.name}: {reason}", remedy, argument)
                     )
                 elif sampled:
-                    others = " and ".join(s for b in sampled for s in self.blocks[b].site_names)
+                    others = " and ".join(s for b in sampled for s in self._sites(b, factor.latents))
                     result.append(Verdict(factor.name, site, False, f"closed form given draws of {others}"))
                 else:
                     unproved = [finding for finding in mine if not finding.proved]

@@ -132,7 +132,7 @@ class Explanation:
         exact, total = sum(verdict.exact for verdict in self.verdicts), len(self.verdicts)
         if self.exact:
             return f"Every message is exact: {total} of {total}."
-        return f"{exact} of {total} messages are exact."
+        return f"{exact} of {total} messages {'is' if exact == 1 else 'are'} exact."
 
     def _rows(self) -> Iterator[_Row]:
         """The table; a rewrite is spelled out where it is first said."""

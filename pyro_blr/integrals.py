@@ -145,7 +145,8 @@ class FactorIntegral:
         if self._afresh is None or self._last is None:
             return False
         # q has been fitted to its points, both sets of them: only others, and more of them, tell the error
-        self.error = float((self._afresh() - self._last[2].value).sum().abs())
+        apart = self._afresh() - self._last[2].value
+        self.error = float(apart.sum().abs() + apart.norm())  # what the sum shows, and what it may hide by chance
         more = 4 * self.points * self.made.batch_shape.numel() * self.cut.numbers**2
         if self.error <= ENOUGH or self.points >= MOST_POINTS or more > WORK:
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pyro_blr.blocks import Block
 from pyro_blr.expressions import Departure
@@ -13,7 +13,7 @@ from pyro_blr.likelihoods import Constant, Linear, Matrix, Positive, Probability
 from pyro_blr.plans import Argument
 from pyro_blr.running import unwrap
 
-__all__ = ["contradiction", "family_name", "misfit", "misaligned", "site_family", "unrecorded"]
+__all__ = ["contradiction", "family_name", "in_two_arguments", "misfit", "misaligned", "site_family", "unrecorded"]
 
 _FORMS_IN_WORDS: Mapping[type, str] = {
     Linear: "affine in",
@@ -26,15 +26,27 @@ _FORMS_IN_WORDS: Mapping[type, str] = {
 }
 
 
-def misfit(argument: Argument, block: Block, operation: str, source: str, cause: str = "") -> str:
-    """An argument that is not what its likelihood's closed form needs; `cause` is what only its values show."""
+def in_two_arguments(held: Mapping[str, Sequence[str]]) -> str:
+    """Arguments, and the sites of one block that each holds."""
+    first, *others = held.values()
+    if all(sites == first for sites in others):
+        return f"{' and '.join(first)} {'is' if len(first) == 1 else 'are'} in two arguments: {' and '.join(held)}"
+    places = [f"{' and '.join(sites)} in {argument}" for argument, sites in held.items()]
+    return f"one Gaussian has {', '.join(places[:-1])} and {places[-1]}"
+
+
+def misfit(
+    argument: Argument, block: Block, sites: frozenset[str], operation: str, source: str, cause: str = ""
+) -> str:
+    """An argument in which `sites` are that is not what its closed form needs; `cause` is what only its values show."""
+    members = [member for member in block.members if member.site.name in sites]
     what = _FORMS_IN_WORDS.get(argument.role, argument.role.requirement)
-    text = f"{argument.name} is not {what} {' and '.join(block.site_names)}"
+    text = f"{argument.name} is not {what} {' and '.join(member.site.name for member in members)}"
     if operation or cause:
         text += ": " + ", ".join(part for part in (operation, cause) if part)
         return text + (f" ({source})" if source else "")
-    pushed = [m.site for m in block.members if isinstance(m.family or block.family, TransformedNormal)]
-    if len(block.members) == 1:
+    pushed = [m.site for m in members if isinstance(m.family or block.family, TransformedNormal)]
+    if len(members) == 1:
         return text + "".join(f", a {site_family(site)} site" for site in pushed)
     kinds = " and ".join(f"{site.name} is a {site_family(site)} site" for site in pushed)
     return f"{text}: {kinds}" if kinds else text

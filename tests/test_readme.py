@@ -7,6 +7,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from pyro_blr import BLRInference
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +28,25 @@ def test_python_blocks_run_in_order(tmp_path: Path) -> None:
     command = [sys.executable, str(script)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_table_is_what_explain_prints() -> None:
+    """The README's model, with HalfCauchy on the scale, in a file of its own."""
+    (table,) = [block for block in blocks("text") if "exact?" in block]
+    program = blocks("python")[0]
+    for old, new in (
+        (
+            'precision = pyro.sample("precision", dist.Gamma(1.0, 1.0))',
+            'scale = pyro.sample("scale", dist.HalfCauchy(1.0))',
+        ),
+        ("precision.rsqrt()", "scale"),
+    ):
+        assert old in program
+        program = program.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(compile(program, "model.py", "exec"), names)
+    printed = str(BLRInference(names["model"]).explain(names["x"], names["y"]))
+    assert [line.rstrip() for line in printed.splitlines()] == table.splitlines()
 
 
 def test_two_commands_set_up_and_ci_runs_the_second() -> None:
