@@ -25,13 +25,15 @@ def beginnings(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_order_and_print_what_is_shown(page: str, tmp_path: Path) -> None:
-    """Numbers, and with them verdicts near a threshold, may move with a version of torch; rows may not."""
+    """Numbers, and with them verdicts near a threshold, may move with a version of torch; rows may not, and `explain` has none."""
     script = tmp_path / "page.py"
     script.write_text("\n\n".join(blocks(page, "python")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    lines = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+    assert [block for block in blocks(page, "text") if "why not" in block and block not in lines + "\n"] == []
     printed = beginnings(done.stdout)
     shown = [word for block in blocks(page, "text") for word in beginnings(block)]
     assert len(shown) > 3
