@@ -10,7 +10,6 @@ import torch
 
 from pyro_blr.blocks import Block
 from pyro_blr.cuts import Moved, Sum, refs_of
-from pyro_blr.expressions import Latent, Ref, refs_in
 from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.forms import UNUSABLE, mixed_dims
 from pyro_blr.graph import FactorGraph
@@ -18,6 +17,7 @@ from pyro_blr.kinds import Form, Sort, kind_of
 from pyro_blr.likelihoods import Linear
 from pyro_blr.plans import Argument
 from pyro_blr.probe import Probe
+from pyro_blr.tape import Latent, Ref, refs_in
 
 __all__ = ["CANDIDATES", "AffineNodes", "fits"]
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from pyro_blr.blocks import Block
-from pyro_blr.expressions import Latent, Ref
 from pyro_blr.families import Beta, Dirichlet, InverseGamma, MultivariateNormal, Normal, Wishart
 from pyro_blr.graph import FactorGraph
 from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.maps import compiled
 from pyro_blr.plans import Argument, FactorPlan
+from pyro_blr.tape import Latent, Ref
 
 __all__ = ["Arguments", "Moments", "mean_leaf"]
 

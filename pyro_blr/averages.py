@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pyro_blr.arguments import Arguments, Moments, mean_leaf
 from pyro_blr.blocks import Block
-from pyro_blr.expressions import Ref
 from pyro_blr.graph import FactorGraph
 from pyro_blr.integrals import FactorIntegral
 from pyro_blr.likelihoods import Categorical as CategoricalLikelihood
@@ -25,6 +24,7 @@ from pyro_blr.maps import SimplexRows
 from pyro_blr.plans import FactorPlan
 from pyro_blr.shapes import broadcast_shape
 from pyro_blr.summaries import QuadraticSummary, summarise
+from pyro_blr.tape import Ref
 
 __all__ = ["FactorAverage"]
 

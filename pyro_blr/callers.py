@@ -18,8 +18,8 @@ _LIBRARIES = tuple(
 
 
 # Between a call and the tape that it reached.
-_TAPE = os.path.join(os.path.dirname(__file__), "expressions.py")
-_ON_THE_WAY = frozenset({__file__, _TAPE, torch.overrides.__file__, torch._tensor.__file__})
+_RECORDERS = (os.path.join(os.path.dirname(__file__), name) for name in ("expressions.py", "recorded.py"))
+_ON_THE_WAY = frozenset({__file__, *_RECORDERS, torch.overrides.__file__, torch._tensor.__file__})
 
 
 def source_line() -> str:

@@ -17,9 +17,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_blr.expressions import Latent, Recorded, Recording, Ref, Tape, plain, source_line
+from pyro_blr.callers import source_line
+from pyro_blr.expressions import Recording
 from pyro_blr.graph import Constructed, Factor, FactorGraph, Plate, Site
+from pyro_blr.recorded import Recorded, plain
 from pyro_blr.running import isolated_random_state, latent_nodes, run_model, subsample_values, unwrap
+from pyro_blr.tape import Latent, Ref, Tape
 
 __all__ = ["capture"]
 
@@ -72,19 +75,19 @@ def capture(model: Callable, args: tuple, kwargs: Mapping[str, Any], trace: pout
     values = {name: plain(node["value"]).detach().clone() for name, node in latent_nodes(trace)}
     subsamples = subsample_values(trace)
     shared = frozenset(name for name, node in latent_nodes(trace) if _is_shared(node))
-    tape, failure = Tape(watched=shared), None
+    recording, failure = Recording(watched=shared), None
     recorded: poutine.Trace = trace
     try:
-        with isolated_random_state(0), pyro.validation_enabled(False), _recorded_constructors(), Recording(tape):
+        with isolated_random_state(0), pyro.validation_enabled(False), _recorded_constructors(), recording:
             recorded = run_model(
-                model, args, kwargs, lambda name, _: tape.latent(name, values[name].clone()), subsamples
+                model, args, kwargs, lambda name, _: recording.latent(name, values[name].clone()), subsamples
             )
     except Exception as error:  # the model's own code, run on an unusual tensor: any error means "not recordable"
-        failure, tape, recorded = f"{type(error).__name__}: {error}", Tape(watched=shared), trace
+        failure, recorded = f"{type(error).__name__}: {error}", trace
+        recording = Recording(watched=shared)
     if failure is not None:
-        recorded = _with_latents(trace, tape, values)
-    tape.closed = True
-    graph = FactorGraph(tape, {}, {}, values, subsamples, failure=failure)
+        recorded = _with_latents(trace, recording, values)
+    graph = FactorGraph(recording, {}, {}, values, subsamples, failure=failure)
     node: Any
     for name, node in recorded.nodes.items():
         if node["type"] == "param":
@@ -100,33 +103,33 @@ def _is_shared(node: Mapping[str, Any]) -> bool:
     return node["fn"].has_enumerate_support and node["value"].shape != node["fn"].shape()
 
 
-def _with_latents(trace: poutine.Trace, tape: Tape, values: Mapping[str, Tensor]) -> poutine.Trace:
+def _with_latents(trace: poutine.Trace, recording: Recording, values: Mapping[str, Tensor]) -> poutine.Trace:
     """A plain run with its latents as leaves: the statements whose arguments hold no latent are recorded all the same."""
     copied = trace.copy()
     for name, value in values.items():
-        copied.nodes[name] = {**trace.nodes[name], "value": tape.latent(name, value.clone())}
+        copied.nodes[name] = {**trace.nodes[name], "value": recording.latent(name, value.clone())}
     return copied
 
 
 def _add_statement(graph: FactorGraph, name: str, node: dict, plain_node: dict) -> None:
-    tape = graph.tape
+    recording = graph.recording
     plates = _plates_of(name, node)
-    if node["infer"].get("_deterministic") or _is_its_own_value(tape, node):
-        graph.deterministic[name] = tape.reference(node["value"])
+    if node["infer"].get("_deterministic") or _is_its_own_value(recording, node):
+        graph.deterministic[name] = recording.reference(node["value"])
         return
     if name in graph.values:
         value, distribution = graph.values[name], plain_node["fn"]
-        shared = name in tape.watched
+        shared = name in recording.watched
         shape = torch.Size(distribution.shape()) if shared else value.shape
         infer = dict(node["infer"])
         graph.sites[name] = Site(name, distribution, shape, value.dtype, value.device, plates, infer, shared)
     factor = Factor(
         name=name,
-        constructed=_constructed(tape, node["fn"]),
+        constructed=_constructed(recording, node["fn"]),
         distribution=plain_node["fn"],
-        value=tape.reference(node["value"]),
-        scale=tape.reference(node["scale"]),
-        mask=tape.reference(node["mask"]),
+        value=recording.reference(node["value"]),
+        scale=recording.reference(node["scale"]),
+        mask=recording.reference(node["mask"]),
         plates=plates,
         is_observed=node["is_observed"],
         latents=frozenset(),
@@ -141,7 +144,7 @@ def _line_of(distribution: Any) -> str:
     return remembered[2] if remembered is not None else ""
 
 
-def _is_its_own_value(tape: Tape, node: dict) -> bool:
+def _is_its_own_value(recording: Recording, node: dict) -> bool:
     """Whether a statement is Delta(v) at v itself, a name for a value: its log density is zero whatever the latents are."""
     base = unwrap(node["fn"])[0]
     if (
@@ -150,9 +153,9 @@ def _is_its_own_value(tape: Tape, node: dict) -> bool:
         or bool((base.log_density != 0).any())
     ):
         return False
-    value, point = tape.reference(node["value"]), tape.reference(base.v)
+    value, point = recording.reference(node["value"]), recording.reference(base.v)
     if isinstance(value, Ref) or isinstance(point, Ref):
-        return _root(tape, value) == _root(tape, point)
+        return _root(recording.tape, value) == _root(recording.tape, point)
     return torch.equal(torch.as_tensor(value), torch.as_tensor(point))
 
 
@@ -176,14 +179,14 @@ def _latents_of(graph: FactorGraph, factor: Factor) -> frozenset[str]:
     return frozenset().union(*(graph.tape.latents_of(item) for item in expressions))
 
 
-def _constructed(tape: Tape, distribution: Any) -> Constructed | None:
+def _constructed(recording: Recording, distribution: Any) -> Constructed | None:
     base, reinterpreted, mask = unwrap(distribution)
     remembered = getattr(base, "_pyro_blr_constructed", None)
     arguments = remembered[1] if remembered is not None else _attributes(base)
     if arguments is None:
         return None
     cls = remembered[0] if remembered is not None else type(base)
-    references = {name: tape.reference(value) for name, value in arguments.items() if value is not None}
+    references = {name: recording.reference(value) for name, value in arguments.items() if value is not None}
     if any(_holds_recorded(value) for value in references.values()):
         return None
     shape = torch.Size(base.batch_shape)
@@ -192,7 +195,7 @@ def _constructed(tape: Tape, distribution: Any) -> Constructed | None:
         shape = outer + shape[len(shape) - reinterpreted :]
     else:
         shape = outer
-    return Constructed(cls, references, shape, len(base.event_shape), reinterpreted, tape.reference(mask))
+    return Constructed(cls, references, shape, len(base.event_shape), reinterpreted, recording.reference(mask))
 
 
 _ALTERNATIVES = ({"probs", "logits"}, {"scale_tril", "covariance_matrix", "precision_matrix"})

@@ -12,10 +12,10 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_blr.blocks import Block
-from pyro_blr.expressions import Ref
 from pyro_blr.graph import Factor, FactorGraph
 from pyro_blr.running import generic_value, isolated_random_state, run_model, site_value, subsample_values
 from pyro_blr.shapes import broadcast_shape
+from pyro_blr.tape import Ref
 
 __all__ = [
     "ImproperPosteriorError",

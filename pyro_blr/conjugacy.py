@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pyro_blr.blocks import Block
 from pyro_blr.excuses import excuse
-from pyro_blr.expressions import Recorded, Recording, Ref
 from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, LogNormal, TransformedNormal, Wishart
 from pyro_blr.forms import (
     UNUSABLE,
@@ -33,6 +32,7 @@ from pyro_blr.likelihoods import Likelihood, Linear, Vector, likelihood_of
 from pyro_blr.plans import PROVED, Argument, FactorPlan, Verdict
 from pyro_blr.probe import Probe
 from pyro_blr.reasons import contradiction, family_name, in_two_arguments, misaligned, misfit, site_family, unrecorded
+from pyro_blr.recorded import Recorded
 from pyro_blr.remedies import remedy_for
 from pyro_blr.running import generic_value
 
@@ -172,22 +172,14 @@ class _Judge:
         likelihood = likelihood_of(constructed.distribution_class)
         if likelihood is None:
             return None, []
-        tape = self.graph.tape
-        names = list(constructed.arguments)
-        refs = [factor.value, *(constructed.arguments[name] for name in names)]
-        tape.closed, tape.place = False, factor.source
-        try:
-            wrapped = [
-                Recorded.wrap(tape.values[ref.index], tape, ref.index) if isinstance(ref, Ref) else ref for ref in refs
-            ]
-            with Recording(tape):
-                value = self._safe_value(factor, wrapped[0])
-                canonical = likelihood.canonical(value, dict(zip(names, wrapped[1:], strict=True)))
-                canonical = _combine_shared(canonical, likelihood, lambda a: self._blocks_of((tape.reference(a),)))
-        finally:
-            tape.closed, tape.place = True, ""
+        recording = self.graph.recording
+        with recording.again(factor.source):
+            value = self._safe_value(factor, recording.recorded(factor.value))
+            arguments = {name: recording.recorded(ref) for name, ref in constructed.arguments.items()}
+            canonical = likelihood.canonical(value, arguments)
+            canonical = _combine_shared(canonical, likelihood, lambda a: self._blocks_of((recording.reference(a),)))
         return likelihood, [
-            Argument(name, likelihood.roles[name], tape.reference(value)) for name, value in canonical.items()
+            Argument(name, likelihood.roles[name], recording.reference(value)) for name, value in canonical.items()
         ]
 
     def _safe_value(self, factor: Factor, value: Any) -> Any:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributions import transforms
 
 from pyro_blr.blocks import Block
-from pyro_blr.expressions import Ref, Tape
 from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.graph import Factor, FactorGraph
 from pyro_blr.plans import Argument, Cut
+from pyro_blr.tape import Ref, Tape
 
 __all__ = [
     "Moved",

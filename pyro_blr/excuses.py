@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from pyro_blr.blocks import Block
-from pyro_blr.expressions import Ref
 from pyro_blr.likelihoods import Expectation, Matrix, Positive, Probability, Simplex
 from pyro_blr.plans import Argument
 from pyro_blr.probe import Probe, tolerance
+from pyro_blr.tape import Ref
 
 __all__ = ["excuse"]
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import probs_to_logits
 
-from pyro_blr.expressions import Tape
+from pyro_blr.expressions import Recording
 from pyro_blr.shapes import broadcast_shape
+from pyro_blr.tape import Tape
 
 __all__ = ["Constructed", "Factor", "FactorGraph", "Plate", "Site", "broadcast_shape", "log_prob"]
 
@@ -131,7 +132,7 @@ class Factor:
 class FactorGraph:
     """Sites and factors of one run of a model, over one tape."""
 
-    tape: Tape
+    recording: Recording
     sites: dict[str, Site]
     factors: dict[str, Factor]
     values: dict[str, Tensor]
@@ -139,6 +140,10 @@ class FactorGraph:
     params: dict[str, Tensor] = field(default_factory=dict)
     deterministic: dict[str, Any] = field(default_factory=dict)
     failure: str | None = None
+
+    @property
+    def tape(self) -> Tape:
+        return self.recording.tape
 
     @property
     def plates(self) -> dict[str, Plate]:

@@ -13,7 +13,6 @@ from pyro_blr.batches import BUDGET, batched
 from pyro_blr.blocks import Block
 from pyro_blr.cubature import random_integrals, random_values
 from pyro_blr.cuts import RowsBelow, above, below, by_predictor, refs_of, transform_of, wide
-from pyro_blr.expressions import Ref
 from pyro_blr.families import LogNormal
 from pyro_blr.graph import FactorGraph
 from pyro_blr.maps import compiled
@@ -21,6 +20,7 @@ from pyro_blr.plans import Argument, FactorPlan
 from pyro_blr.quadrature import Integrals, LogFactor, gaussian_expectation, gaussian_integrals
 from pyro_blr.rows import RowMoments
 from pyro_blr.shapes import broadcast_shape
+from pyro_blr.tape import Ref
 
 __all__ = ["FactorIntegral", "log_jacobian"]
 

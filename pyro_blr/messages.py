@@ -14,12 +14,12 @@ from pyro_blr.arguments import Moments
 from pyro_blr.averages import FactorAverage
 from pyro_blr.batches import batched
 from pyro_blr.blocks import Block
-from pyro_blr.expressions import Ref
 from pyro_blr.families import MultivariateNormal
 from pyro_blr.graph import FactorGraph
 from pyro_blr.integrals import FactorIntegral, log_jacobian
 from pyro_blr.plans import FactorPlan
 from pyro_blr.replays import Replays
+from pyro_blr.tape import Ref
 
 __all__ = ["Messages"]
 

@@ -16,11 +16,12 @@ from pyro_blr.affine import CANDIDATES, AffineNodes, fits
 from pyro_blr.blocks import Block, is_gaussian
 from pyro_blr.cuts import Moved, Sum, moved_on, transform_of
 from pyro_blr.elementwise import is_by_rows, is_elementwise, is_smooth_in_rows
-from pyro_blr.expressions import Recorded, Recording, Ref
 from pyro_blr.families import TransformedNormal
 from pyro_blr.forms import UNUSABLE
 from pyro_blr.graph import Factor, FactorGraph
 from pyro_blr.plans import Cut, FactorPlan, Predictor, Verdict
+from pyro_blr.recorded import Recorded
+from pyro_blr.tape import Ref
 
 __all__ = ["with_quadrature"]
 
@@ -160,18 +161,14 @@ class _Search:
         tape, made = self.graph.tape, factor.constructed
         assert made is not None
         start, departures = len(tape.nodes), len(tape.departures)
-        refs = [factor.value, *made.arguments.values()]
-        tape.closed, tape.place = False, factor.source
+        recording = self.graph.recording
+        value, *arguments = map(recording.recorded, (factor.value, *made.arguments.values()))
         try:
-            value, *arguments = (
-                Recorded.wrap(tape.values[ref.index], tape, ref.index) if isinstance(ref, Ref) else ref for ref in refs
-            )
-            with Recording(tape):
-                found = tape.reference(made.built(arguments).log_prob(value))
+            with recording.again(factor.source):
+                found = recording.reference(made.built(arguments).log_prob(value))
         except Exception:  # a distribution may object to recorded tensors in any way
             return None
         finally:
-            tape.closed, tape.place = True, ""
             lost = len(tape.departures) > departures
             del tape.departures[departures:]
         return _Level((found,), found, start) if isinstance(found, Ref) and not lost else None
@@ -226,15 +223,12 @@ class _Search:
 
     def _entry(self, node: int, entry: int) -> Ref:
         """One entry of the last dim of what a node holds, recorded on the tape."""
-        tape = self.graph.tape
-        tape.closed = False
-        try:
-            value = Recorded.wrap(tape.evaluate([Ref(node)], self.graph.values)[0], tape, node)
-            with Recording(tape):
-                return tape.reference(value.select(-1, entry))
-        finally:
-            tape.closed = True
-            self.nodes.renew()
+        recording = self.graph.recording
+        value = Recorded.wrap(recording.tape.evaluate([Ref(node)], self.graph.values)[0], recording, node)
+        with recording:
+            ref = recording.reference(value.select(-1, entry))
+        self.nodes.renew()
+        return ref
 
     def _entries_again(self, cut: Cut) -> Cut:
         """The cut with the entries of its node recorded on this tape."""

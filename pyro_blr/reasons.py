@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from pyro_blr.blocks import Block
-from pyro_blr.expressions import Departure
 from pyro_blr.families import TransformedNormal
 from pyro_blr.graph import Factor, FactorGraph, Site
 from pyro_blr.kinds import Kind
 from pyro_blr.likelihoods import Constant, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.plans import Argument
 from pyro_blr.running import unwrap
+from pyro_blr.tape import Departure
 
 __all__ = ["contradiction", "family_name", "in_two_arguments", "misfit", "misaligned", "site_family", "unrecorded"]
 

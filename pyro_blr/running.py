@@ -19,9 +19,9 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_blr.expressions import plain
 from pyro_blr.generators import devices_in_use, seed_generators
 from pyro_blr.graph import Site, log_prob
+from pyro_blr.recorded import plain
 from pyro_blr.sharing import shared_state
 
 __all__ = [

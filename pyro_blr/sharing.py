@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_blr.expressions import Input, Latent, Node, Ref, Tape
 from pyro_blr.graph import FactorGraph
+from pyro_blr.tape import Input, Latent, Node, Ref, Tape
 
 __all__ = ["LARGE", "shared_state", "treats_elements_alike"]
 
@@ -42,7 +42,11 @@ def treats_elements_alike(graph: FactorGraph) -> bool:
     """
     shared = graph.shared
     tape = graph.tape
-    if graph.failure is not None or shared & tape.measured or any(shared & d.latents for d in tape.departures):
+    if (
+        graph.failure is not None
+        or shared & graph.recording.measured
+        or any(shared & d.latents for d in tape.departures)
+    ):
         return False
     rank = max(len(graph.sites[name].batch_shape) for name in shared)
     outputs: list[Any] = []
@@ -60,7 +64,7 @@ def treats_elements_alike(graph: FactorGraph) -> bool:
 
 
 _ELEMENTWISE = frozenset(
-    "_identity identity clone detach contiguous add radd sub rsub mul rmul div rdiv truediv rtruediv true_divide multiply divide "
+    "identity clone detach contiguous add radd sub rsub mul rmul div rdiv truediv rtruediv true_divide multiply divide "
     "subtract pow rpow neg negative pos exp expm1 log log1p sqrt rsqrt square reciprocal abs sigmoid softplus tanh relu sign clamp "
     "clamp_min clamp_max eq ne lt le gt ge where logical_and logical_or logical_not and or invert rand ror "
     "to float double long int bool type type_as".split()

@@ -14,8 +14,10 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor
 from torch.nn import functional
 
-from pyro_blr.expressions import Recorded, Recording, Ref, Tape
+from pyro_blr.expressions import Recording
 from pyro_blr.kinds import Form, Kind, Sort, kind_of
+from pyro_blr.recorded import Recorded
+from pyro_blr.tape import Ref, Tape
 
 REAL, POSITIVE, PROBABILITY, SIMPLEX, MATRIX = Sort
 
@@ -37,10 +39,10 @@ def draw(sort: Sort, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def judge(function: Callable, sort: Sort, shape: tuple[int, ...] | None = None) -> tuple[Kind, Tape]:
-    tape = Tape()
-    with Recording(tape):
-        result = function(tape.latent("z", draw(sort, SHAPES[sort] if shape is None else shape, 0)))
-    return kind_of(tape, tape.reference(result), "z", sort), tape
+    recording = Recording()
+    with recording:
+        result = function(recording.latent("z", draw(sort, SHAPES[sort] if shape is None else shape, 0)))
+    return kind_of(recording.tape, recording.reference(result), "z", sort), recording.tape
 
 
 # -- the numerical check -------------------------------------------------------------------------
@@ -531,28 +533,30 @@ def test_a_cholesky_factor_is_one() -> None:
 
 
 def test_other_latents_are_constants() -> None:
-    tape = Tape()
-    with Recording(tape):
-        z, a, index = (tape.latent(name, draw(REAL, (4,), 1)) for name in ("z", "a", "index"))
+    recording = Recording()
+    with recording:
+        z, a, index = (recording.latent(name, draw(REAL, (4,), 1)) for name in ("z", "a", "index"))
         product = a * z + a.exp()
         gathered = z[index.abs().clamp(0, 3).long()]
-        congruence = tape.latent("A", A)
-        w = tape.latent("w", PD)
+        congruence = recording.latent("A", A)
+        w = recording.latent("w", PD)
         sandwich = congruence @ w @ congruence.mT
         twice = congruence @ w @ congruence
-    assert kind_of(tape, tape.reference(product), "z", REAL).form is Form.AFFINE
-    assert kind_of(tape, tape.reference(product), "a", REAL).operation == "exp"
-    assert kind_of(tape, tape.reference(product), "w", MATRIX).form is Form.CONSTANT
-    assert kind_of(tape, tape.reference(gathered), "z", REAL).form is Form.SELECTION
-    assert kind_of(tape, tape.reference(gathered), "index", REAL).form is Form.OTHER
-    assert kind_of(tape, tape.reference(sandwich), "w", MATRIX) == Kind(Form.MATRIX, 1.0, "matmul", _line(sandwich))
-    assert kind_of(tape, tape.reference(twice), "w", MATRIX).form is Form.AFFINE
-    assert kind_of(tape, 3.0, "w", MATRIX).form is Form.CONSTANT
+    assert kind_of(recording.tape, recording.reference(product), "z", REAL).form is Form.AFFINE
+    assert kind_of(recording.tape, recording.reference(product), "a", REAL).operation == "exp"
+    assert kind_of(recording.tape, recording.reference(product), "w", MATRIX).form is Form.CONSTANT
+    assert kind_of(recording.tape, recording.reference(gathered), "z", REAL).form is Form.SELECTION
+    assert kind_of(recording.tape, recording.reference(gathered), "index", REAL).form is Form.OTHER
+    assert kind_of(recording.tape, recording.reference(sandwich), "w", MATRIX) == Kind(
+        Form.MATRIX, 1.0, "matmul", _line(sandwich)
+    )
+    assert kind_of(recording.tape, recording.reference(twice), "w", MATRIX).form is Form.AFFINE
+    assert kind_of(recording.tape, 3.0, "w", MATRIX).form is Form.CONSTANT
 
 
 def _line(value: Tensor) -> str:
     assert isinstance(value, Recorded)
-    return value._tape.nodes[value._index].source
+    return value._recording.tape.nodes[value._index].source
 
 
 def test_a_refusal_names_the_first_operation_and_its_line() -> None:
@@ -575,13 +579,13 @@ def test_a_refusal_names_the_first_operation_and_its_line() -> None:
 
 
 def test_an_index_that_is_the_site_is_refused() -> None:
-    tape = Tape()
-    with Recording(tape):
-        state = tape.latent("state", torch.tensor([0, 1, 1]))
-        mu = tape.latent("mu", V)
+    recording = Recording()
+    with recording:
+        state = recording.latent("state", torch.tensor([0, 1, 1]))
+        mu = recording.latent("mu", V)
         picked = mu[state]
-    assert kind_of(tape, tape.reference(picked), "state", REAL).operation == "index by a latent"
-    assert kind_of(tape, tape.reference(picked), "mu", REAL).form is Form.SELECTION
+    assert kind_of(recording.tape, recording.reference(picked), "state", REAL).operation == "index by a latent"
+    assert kind_of(recording.tape, recording.reference(picked), "mu", REAL).form is Form.SELECTION
 
 
 def test_a_claim_says_which_values_it_rests_on() -> None:
@@ -723,18 +727,18 @@ PROGRAM_SHAPES = {
 def test_whatever_is_claimed_of_a_random_program_holds(seed: int, sort: Sort, which: int, length: int) -> None:
     shape = PROGRAM_SHAPES[sort][which % len(PROGRAM_SHAPES[sort])]
     plain = run(seed, draw(sort, shape, 0), length)
-    tape = Tape()
-    with Recording(tape):
-        recorded = run(seed, tape.latent("z", draw(sort, shape, 0)), length)
+    recording = Recording()
+    with recording:
+        recorded = run(seed, recording.latent("z", draw(sort, shape, 0)), length)
     assert len(recorded) == len(plain)
     for position, value in enumerate(recorded):
-        ref = tape.reference(value)
+        ref = recording.reference(value)
         if not isinstance(ref, Ref):
             continue
-        kind = kind_of(tape, ref, "z", sort)
+        kind = kind_of(recording.tape, ref, "z", sort)
 
         def evaluate(z: Tensor, ref: Ref = ref) -> Tensor:
-            return tape.evaluate([ref], {"z": z})[0]
+            return recording.tape.evaluate([ref], {"z": z})[0]
 
-        names = [node.name for node in tape.nodes]
+        names = [node.name for node in recording.tape.nodes]
         assert holds(kind, sort, evaluate, shape), (position, kind, names)

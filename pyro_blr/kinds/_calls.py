@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_blr.expressions import Input, Node, Ref, Tape, refs_in
 from pyro_blr.kinds._values import Form, Shape, Sort, Step, Value
+from pyro_blr.tape import Input, Node, Ref, Tape, refs_in
 
 __all__ = ["Broken", "Bundle", "Call", "Rule"]
 

@@ -200,7 +200,7 @@ JOIN_RULES: dict[str, Rule] = {
     **dict.fromkeys("ones_like new_ones".split(), tokenless_like(1.0)),
     **dict.fromkeys("empty_like new_empty new_tensor".split(), tokenless_like(None)),
     **dict.fromkeys("full_like new_full".split(), full_like),
-    "_stack": nested_stack,
+    "nested_stack": nested_stack,
     "where": where,
     "masked_fill": masked_fill,
     **dict.fromkeys("copy fill".split(), overwrite),

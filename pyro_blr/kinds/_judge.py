@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pyro_blr.expressions import Latent, Node, Ref, Tape, refs_in
 from pyro_blr.kinds._arithmetic import ARITHMETIC_RULES
 from pyro_blr.kinds._calls import Broken, Bundle, Call, Rule
 from pyro_blr.kinds._joins import JOIN_RULES
 from pyro_blr.kinds._matrices import MATRIX_RULES
 from pyro_blr.kinds._values import Form, Kind, Sort, Value, shared_dims
 from pyro_blr.kinds._views import VIEW_RULES, pick
+from pyro_blr.tape import Latent, Node, Ref, Tape, refs_in
 
 __all__ = ["kind_of"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from pyro_blr.expressions import Input, Ref
 from pyro_blr.kinds._algebra import contract
 from pyro_blr.kinds._calls import Broken, Bundle, Call, Rule
 from pyro_blr.kinds._values import CholeskyFactor, Form, Sort, Step, Value
+from pyro_blr.tape import Input, Ref
 
 __all__ = ["MATRIX_RULES"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from pyro_blr.expressions import Input, Ref
 from pyro_blr.kinds._algebra import broadcast, select
 from pyro_blr.kinds._calls import Broken, Bundle, Call, Rule
 from pyro_blr.kinds._values import Form, Shape, Value, common_trailing
+from pyro_blr.tape import Input, Ref
 
 __all__ = ["BY_LATENT", "VIEW_RULES", "kept_by_index", "pick"]
 
@@ -219,7 +219,7 @@ def pick(call: Call) -> Value:
 
 VIEW_RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        "clone _identity contiguous detach alias to type type_as double float half bfloat16".split(),
+        "clone identity contiguous detach alias to type type_as double float half bfloat16".split(),
         unchanged,
     ),
     **dict.fromkeys("cpu cuda as_tensor asarray positive real conj resolve_conj resolve_neg".split(), unchanged),
