@@ -2,9 +2,8 @@
 
     PYTHONPATH=tests OMP_NUM_THREADS=1 python tests/benchmarks/logistic.py
 
-The first fit of a process also imports what torch imports late; the others are warm.
-  An iteration is an integral of the
-gradient and the Hessian over all data, those of the start (Newton's method at the mean) included.
+The first fit of a process also imports what torch imports late; the others are warm.  An iteration is an integral of
+the gradient and the Hessian over all data, those of the start (Newton's method at the mean) included.
 """
 
 from __future__ import annotations
