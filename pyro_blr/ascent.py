@@ -62,34 +62,28 @@ class Ascent:
     def _replayed_sweep(self) -> bool:
         """The same sweep as a flat list of operations, on a small model that has been swept often; False where it is not."""
         record = self.program.sweeps
-        found = record.ready(self._pure_sweep, tuple(self.order), list(self.beliefs.naturals.values()))
+        found = record.ready(self.pure_sweep, tuple(self.order), list(self.beliefs.naturals.values()))
         if found is None:
             return False
-        *naturals, bound, inside = found(*self.beliefs.naturals.values())
-        if not bool(inside):
+        *naturals, bound = found(*self.beliefs.naturals.values())
+        self._bound = float(bound)
+        if not math.isfinite(self._bound):
             return False  # the sweep below says which site left its domain
         for name, natural in zip(list(self.beliefs.naturals), naturals, strict=True):
             self.beliefs.update(name, natural)
-        self._bound = float(bound)
         return True
 
-    def _pure_sweep(self, *naturals: Tensor) -> tuple[Tensor, ...]:
-        """λ of every block ↦ λ after a sweep, the bound, and whether every λ is inside its domain."""
-        ascent = Ascent(
-            self.program,
-            Beliefs(self.program.blocks, dict(zip(self.beliefs.naturals, naturals, strict=True))),
-            self.last,
-        )
+    def pure_sweep(self, *naturals: Tensor) -> tuple[Tensor, ...]:
+        """λ of every block ↦ λ after a sweep over exact blocks, and the bound there; not finite where a λ has left its domain."""
+        before = dict(zip(self.beliefs.naturals, naturals, strict=True))
+        ascent = Ascent(self.program, Beliefs(self.program.blocks, before), self.last)
         inside = []
         for name in self.order:
-            target = ascent.targets.exact(name, ascent.beliefs)
+            target = ascent.target(name, None)
             inside.append(self.program.blocks[name].family.contains(target).all())
             ascent.beliefs.update(name, target)
-        messages = self.program.messages
-        bound = messages.expected_log_prob(self.program.plans, ascent.beliefs.wide) + messages.entropy(
-            ascent.beliefs.naturals
-        )
-        return (*ascent.beliefs.naturals.values(), bound, torch.stack(inside).all())
+        bound = ascent.estimates(None).squeeze(0)
+        return *ascent.beliefs.naturals.values(), torch.where(torch.stack(inside).all(), bound, math.nan)
 
     def target(self, name: str, draws: Draws | None) -> Tensor:
         messages = self.program.messages

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["devices_in_use", "isolated_torch_state", "seed_generators"]
+__all__ = ["GeneratorStates", "devices_in_use", "isolated_torch_state", "seed_generators"]
 
 
 def devices_in_use() -> list[int]:
@@ -24,6 +25,32 @@ def seed_generators(seed: int, devices: Iterable[int]) -> None:
     np.random.seed(seed)
     for generator in _generators(devices):
         generator.manual_seed(seed)
+
+
+class GeneratorStates:
+    """The states of all generators (torch on every device in use, NumPy, `random`) as they are now."""
+
+    def __init__(self) -> None:
+        self._torch = [(generator, generator.get_state()) for generator in _generators(devices_in_use())]
+        self._numpy, self._random = np.random.get_state(), random.getstate()
+
+    def restore(self) -> None:
+        """Puts them back."""
+        for generator, state in self._torch:
+            generator.set_state(state)
+        np.random.set_state(self._numpy)
+        random.setstate(self._random)
+
+    def have_moved(self) -> bool:
+        """Whether anything was drawn since."""
+        now: Any = np.random.get_state()
+        then: Any = self._numpy
+        return (
+            any(not torch.equal(generator.get_state(), state) for generator, state in self._torch)
+            or not np.array_equal(now[1], then[1])
+            or now[2:] != then[2:]
+            or random.getstate() != self._random
+        )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pyro_blr.ascent import Ascent
 from pyro_blr.autoguides import read_guide
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import check_loss_of_data, check_plates, check_same_block, check_same_sites
+from pyro_blr.compilation import CompiledSteps
 from pyro_blr.diagnostics import linear_response
 from pyro_blr.explain import Explanation
 from pyro_blr.gradients import (
@@ -56,6 +57,8 @@ class BLRInference:
         init: site -> value (its T is that site's expectation until the first update) or distribution (sets λ).
         init_loc_fn: one of Pyro's `init_to_…`, for the sites that `init` leaves out.
         strict: refuse messages that are only verified numerically to be exact.
+        compile: steps without the model's Python, once two have shown the model to be a function of its arguments: what else it
+            reads (globals, files, a clock) must not change. Where that cannot be, a warning and `explain` say why.
     """
 
     def __init__(
@@ -73,8 +76,6 @@ class BLRInference:
     ):
         if not callable(model):
             raise TypeError(f"model: found {type(model).__name__}, expected a callable Pyro model")
-        if compile:
-            raise NotImplementedError("compile=True is not available yet; leave it out: steps run uncompiled")
         check_loss(loss)
         check_optim(optim)
         self.model, self.optim, self.loss = model, optim, loss
@@ -90,6 +91,7 @@ class BLRInference:
             refuse_without_blocks(blocks, init, init_loc_fn)
             self._programs = None  # the guide is read at the first call
         self._parameters = ParameterUpdate(model, optim)
+        self._compiled = CompiledSteps(compile)
         self._points: dict[str, dict[str, Tensor]] = {}
         self._last: list[str] = []
         self._seen: Program | None = None
@@ -109,8 +111,11 @@ class BLRInference:
         ordinary = self._settle(args, kwargs)
         if ordinary is not None:
             return ordinary.step(*args, **kwargs)
-        with AllOrNothing(self):
+        if (known := self._compiled.step(self, args, kwargs)) is not None:
+            return known
+        with AllOrNothing(self) as state:
             program = self._program(args, kwargs)
+            self._compiled.watch(program, args, kwargs, state.generators)
             ascent = self._ascent(program)
             if self._settled is program:  # the same data at a converged q: another sweep changes nothing
                 self._num_steps += 1
@@ -194,7 +199,7 @@ class BLRInference:
                     first_step=self._num_steps,
                     given=self._given(program),
                 )
-                run.go(lambda: self._ascent_again(args, kwargs), self._parameters)
+                run.go(lambda: self._ascent(self._program(args, kwargs)), self._parameters)
                 runs.append(run)
             best = max(runs, key=lambda run: run.elbo)
             self._commit(best.ascent)
@@ -216,7 +221,7 @@ class BLRInference:
                 program.blocks,
                 self._ascent(program).bound_kind,
                 sorted(program.graph.params),
-                notes=[*self._q.notes(), *program.notes()],
+                notes=[*self._q.notes(), *program.notes(), *self._compiled.notes()],
             )
 
     @property
@@ -250,6 +255,7 @@ class BLRInference:
             except Exception as error:  # what cannot be read runs as under SVI, which says what else is wrong
                 reason = reason_of(error)
                 self._ordinary = guide_fit(self.model, self.guide, self.optim, self.loss, reason, args, kwargs)
+                self._compiled.refuse(f"the guide takes ordinary gradients ({reason})")
             else:
                 check_plates(self.model, self.guide, args, kwargs)
         if self._ordinary is None and self._q.refresh():  # somebody else moved the guide's parameters
@@ -259,14 +265,13 @@ class BLRInference:
     def _program(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         assert self._programs is not None
         program = self._programs.run(args, kwargs)
+        self._call = (args, dict(kwargs))
         if self._ready and program is self._seen:
-            self._call = (args, dict(kwargs))
             return program
         self._q.follow(program.factorisation)
         check_loss_of_data(self._observed, program.graph)
         if self.strict:
             program.refuse_unproved()
-        self._call = (args, dict(kwargs))
         if not self._ready:
             self._start(program, 0)
         elif program is not self._seen:
@@ -279,10 +284,12 @@ class BLRInference:
         """λ at the prior, with `init`, and with exchangeable symmetries broken."""
         if not self._ready:
             check_same_sites(self._q.blocks, program.blocks, "the guide was made for other latent sites")
-        self._q.naturals, self._q.blocks, self._bound = {}, {}, None
+        loaded = {} if self._ready or self._q.blocks else dict(self._q.naturals)  # a saved guide goes on where it was
+        self._q.naturals, self._q.blocks, self._bound = loaded, {}, None
         self._q.setup(program.graph)
         naturals = {name: natural.double() for name, natural in self._q.naturals.items()}
-        naturals, values = apply_init(program.graph, program.blocks, naturals, self._init, self._init_loc_fn)
+        given = (None, None) if loaded else (self._init, self._init_loc_fn)
+        naturals, values = apply_init(program.graph, program.blocks, naturals, *given)
         self._q.naturals = {name: natural.double() for name, natural in naturals.items()}
         self._points = {
             name: {site: values[site] for site in block.site_names}
@@ -290,7 +297,7 @@ class BLRInference:
             if all(site in values for site in block.site_names)
         }
         self._last = list(dict.fromkeys([*self._points, *self._given(program)]))
-        if not self._init and self._q is self.guide:  # a guide of the user's own starts where it is
+        if not self._init and not loaded and self._q is self.guide:  # a guide of the user's own starts where it is
             ascent = broken_start(self._ascent(program))
             self._commit(ascent)
             self._last = ascent.last
@@ -319,9 +326,6 @@ class BLRInference:
         if self._bound is not None and self._bound[0] is program and program.is_exact and not self._points:
             ascent.take_bound(self._bound[1])
         return ascent
-
-    def _ascent_again(self, args: tuple, kwargs: Mapping[str, Any]) -> Ascent:
-        return self._ascent(self._program(args, kwargs))
 
     def _commit(self, ascent: Ascent) -> None:
         self._bound = self._settled = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["lowered"]
+__all__ = ["flattened", "lowered", "replayed"]
 
 _aten = torch.ops.aten
 _KEEPS_VALUE = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh_copy.default}
@@ -23,9 +23,14 @@ _OF_THE_FORM_ALONE |= {_aten.new_zeros.default, _aten.new_ones.default, _aten.ne
 _BOUND = (torch, torch._C._linalg, torch._C._special)  # type: ignore[attr-defined]  # where Python's own bindings are
 
 
-@torch.no_grad()
 def lowered(function: Callable[..., Any], example: Sequence[Tensor]) -> Callable[..., Any]:
-    """The same function of tensors of the same shapes; it must be free of data-dependent Python and of side effects.
+    """The same function of tensors of the same shapes; it must be free of data-dependent Python and of side effects."""
+    return replayed(flattened(function, example))
+
+
+@torch.no_grad()
+def flattened(function: Callable[..., Any], example: Sequence[Tensor]) -> fx.GraphModule:
+    """The function's operations, simplified.
 
     Derivatives taken inside become operations like any other.  What depends on no argument, or on shapes alone, is computed now, once.
     """
@@ -38,10 +43,8 @@ def lowered(function: Callable[..., Any], example: Sequence[Tensor]) -> Callable
     _merge_equal(module)
     _shorten_finiteness(module)
     module.graph.eliminate_dead_code()
-    _bind(module)
-    constants = _as_arguments(module)
-    module.graph.lint()
-    return _replayed(module, constants)
+    module.recompile()
+    return module
 
 
 class _View(fx.Interpreter):
@@ -209,6 +212,15 @@ def _key(tree: Any) -> Any:
 
 
 # -- replaying ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def replayed(module: fx.GraphModule) -> Callable[..., Any]:
+    """A flattened function, operation by operation; the module is used up."""
+    _bind(module)
+    constants = _as_arguments(module)
+    module.graph.lint()
+    return _replayed(module, constants)
 
 
 def _bind(module: fx.GraphModule) -> None:

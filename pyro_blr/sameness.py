@@ -1,16 +1,17 @@
-"""Whether two plain runs of a model are the same run, so that what was understood of the first still holds."""
+"""Whether two plain runs of a model are the same run, or two calls the same call, so that what was understood of the first still holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-__all__ = ["Written", "same_run", "writes_into"]
+__all__ = ["Call", "Written", "same_run", "writes_into"]
 
 
 class Written:
@@ -32,6 +33,54 @@ class Written:
 def writes_into(tensor: Tensor) -> int:
     """How often a tensor's memory was written into; tensors of `torch.inference_mode` do not count it."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+class _Watched(NamedTuple):
+    tensor: Tensor
+    writes: int
+
+
+_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_BY_IDENTITY = (FunctionType, BuiltinFunctionType, type)
+
+
+class Call:
+    """A model's arguments, watched: the same tensors, not written into, and equal Python values.
+
+    `unknown` names the type of an argument of which that cannot be told; empty where there is none.
+    """
+
+    def __init__(self, args: tuple, kwargs: Mapping[str, Any]):
+        self.unknown = ""
+        self._args, self._kwargs = self._hold(args), self._hold(dict(kwargs))
+
+    def is_repeated(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments is the same call."""
+        return not self.unknown and _is_held(self._args, args) and _is_held(self._kwargs, kwargs)
+
+    def _hold(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return _Watched(item, writes_into(item))
+        if type(item) in (tuple, list, torch.Size):
+            return type(item), [self._hold(part) for part in item]
+        if type(item) is dict:
+            return dict, {key: self._hold(part) for key, part in item.items()}
+        if not isinstance(item, (*_VALUES, *_BY_IDENTITY)):
+            self.unknown = self.unknown or type(item).__name__
+        return item
+
+
+def _is_held(held: Any, item: Any) -> bool:
+    if type(held) is _Watched:
+        return held.tensor is item and writes_into(item) == held.writes
+    if type(held) is tuple:
+        kind, parts = held
+        if type(item) is not kind or len(item) != len(parts):
+            return False
+        if kind is dict:
+            return all(key in item and _is_held(part, item[key]) for key, part in parts.items())
+        return all(map(_is_held, parts, item))
+    return held is item or (isinstance(held, _VALUES) and type(held) is type(item) and held == item)
 
 
 def _tensors(item: Any) -> Iterator[Tensor]:

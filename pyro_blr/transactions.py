@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pyro
+from pyro_blr.generators import GeneratorStates
 
 __all__ = ["AllOrNothing", "NothingKept"]
 
 
 class AllOrNothing:
-    """A step that fails leaves λ, steps, parameters and the random generators as they were."""
+    """A step that fails leaves λ, steps, parameters and the random generators as they were.
+
+    `draws` is false for a step that draws nothing and learns nothing of the model: saving the generators takes longer than it.
+    """
 
     _attributes = (
         "_points",
@@ -27,16 +30,16 @@ class AllOrNothing:
         "_settled",
     )
 
-    def __init__(self, engine: Any):
-        self.engine = engine
+    def __init__(self, engine: Any, draws: bool = True):
+        self.engine, self.draws = engine, draws
 
     def __enter__(self) -> AllOrNothing:
         engine = self.engine
         self.others = [engine._q.saved(), engine._programs.saved()]
-        self.forget = engine._programs.learnt()
+        self.forget = engine._programs.learnt() if self.draws else _nothing
         self.saved = {key: getattr(engine, key) for key in self._attributes}
         self.length = len(engine._history)
-        self.generators = pyro.util.get_rng_state()
+        self.generators: Any = GeneratorStates() if self.draws else None
         return self
 
     def also(self, restore: Callable[[], None]) -> None:
@@ -53,9 +56,14 @@ class AllOrNothing:
         for key, value in self.saved.items():
             setattr(engine, key, value)
         del engine._history[self.length :]
-        pyro.util.set_rng_state(self.generators)
+        if self.draws:
+            self.generators.restore()
         for restore in self.others:
             restore()
+
+
+def _nothing() -> None:
+    """There is nothing to put back."""
 
 
 class NothingKept(AllOrNothing):
@@ -67,4 +75,4 @@ class NothingKept(AllOrNothing):
         if kind is not None or self.saved["_ready"]:
             self.restore()
         else:
-            pyro.util.set_rng_state(self.generators)
+            self.generators.restore()

@@ -120,7 +120,7 @@ def _lookup_total(term: Lookup, weights: Tensor, full: torch.Size, sums: Weighte
 def counts_at(position: Tensor, weights: Tensor, shape: torch.Size) -> Tensor:
     """Σ of the weights that stand at each (flat) position."""
     flat = torch.zeros(shape.numel(), dtype=weights.dtype, device=weights.device)
-    return flat.index_add_(0, position, weights.flatten()).reshape(shape)
+    return flat.index_add(0, position, weights.flatten()).reshape(shape)
 
 
 def _is_small(shape: Sequence[int], full: Sequence[int]) -> bool:
