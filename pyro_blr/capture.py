@@ -232,6 +232,10 @@ def _plates_of(name: str, node: dict) -> tuple[Plate, ...]:
     plates = []
     for frame in node["cond_indep_stack"]:
         if frame.vectorized:
-            size = frame.full_size if frame.full_size is not None else frame.size
-            plates.append(Plate(frame.name, frame.dim, size, frame.size))
+            found = (1,) * -frame.dim + tuple(
+                node["fn"].batch_shape
+            )  # a plate without a size has that of its statement
+            drawn = frame.size if frame.size >= 0 else found[frame.dim]
+            full = frame.full_size if frame.full_size is not None and frame.full_size >= 0 else drawn
+            plates.append(Plate(frame.name, frame.dim, full, drawn))
     return tuple(sorted(plates, key=lambda plate: plate.dim))

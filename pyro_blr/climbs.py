@@ -1,6 +1,4 @@
-"""Climbing a bound that is estimated from draws: a Newton search for where to start, then steps on draws that
-stay fixed.
-"""
+"""Climbing a bound that is estimated from draws: steps on draws that stay fixed."""
 
 from __future__ import annotations
 
@@ -13,22 +11,17 @@ from torch import Tensor
 
 from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
-from pyro_blr.blocks import is_gaussian
 from pyro_blr.checks import ImproperPosteriorError
 from pyro_blr.draws import Draws
 from pyro_blr.estimators import standard_error
-from pyro_blr.tails import refuse_flat_tails
 
-__all__ = ["Climb", "climb", "guarded_sweep", "newton_start"]
+__all__ = ["Climb", "climb", "guarded_sweep", "moved_nats"]
 
 _HALVINGS = 20
-_NEWTON_STEPS = 30  # twice as many from a saddle
-_NEWTON_ROUNDS = 3
-_RUNAWAY_STEPS = 20  # and _RUNAWAY_NATS: how long and how far a search must have gone to be called endless
-_RUNAWAY_NATS = 1e6
-_NEAR = 1e-3  # nats that the last of them gains
-_NEAR_ENOUGH = 0.1  # the same where the steps after them are as good, and without noise
 _SMALL = 1e-2  # nats of a step that is small beside the width of q
+_STILL = 1e-9  # nats of a full step that is none: what the bound falls in it is rounding
+_FINE, _COARSE = 1e-9, 1e-6  # relative rounding of a bound whose factors are in float64, and in less
+_LONGEST = 100.0  # nats of a step for every unknown: a log density far out may be all rounding, and look like a gain
 _STUCK = 1e-2  # a step that covers so little of the way to its targets has met a fixed point of the retraction
 
 
@@ -41,109 +34,6 @@ class Climb:
     converged: bool
     first: float
     last: float
-
-
-def newton_start(ascent: Ascent) -> None:
-    """Gaussian blocks to a mode of E[log f | their mean] and its curvature, exact blocks to their optimum
-    given these.
-
-    E_q of an exponential under a vague prior overflows; at the mean it does not.
-    """
-    messages = ascent.program.messages
-    refuse_flat_tails(ascent)
-    sampled = [n for n in ascent.order if not messages.is_exact(n) and is_gaussian(ascent.program.blocks[n].family)]
-    if not sampled:
-        return
-    for _ in range(_NEWTON_ROUNDS if len(ascent.order) > 1 else 1):
-        for name in ascent.order:
-            if messages.is_exact(name):
-                ascent.sweep([name])
-            elif name in sampled:
-                _newton(ascent, name)
-
-
-def _newton(ascent: Ascent, name: str) -> None:
-    """m ← m + ρ (−H)⁻¹ ∇ on one block's mean, ρ halved while the log density there falls, at most
-    `_NEWTON_STEPS` times.
-
-    ρ shortens the step in m, not in λ: under a vague prior λ would have to move by less than one part in 1 /
-    its variance.
-    """
-    height = _height(ascent, name)
-    enough = _NEAR if ascent.program.messages.sampled_factors(name) else _NEAR_ENOUGH
-    nudged, heights = False, [height]
-    for number in range(2 * _NEWTON_STEPS):
-        if number >= _NEWTON_STEPS and not nudged:
-            break
-        start = ascent.beliefs
-        try:
-            target = ascent.target_at_mean(name)
-        except ImproperPosteriorError:
-            return
-        if not bool(torch.isfinite(target).all()):
-            return
-        whole = start.copy()
-        ascent.beliefs = whole
-        ascent.move(name, target, 1.0)
-        here, there = start.wide[name]["mean"], whole.wide[name]["mean"]
-        if not nudged and _is_saddle(ascent, name, target, here, there):
-            nudged, ascent.beliefs = True, start.copy()
-            ascent.beliefs.update(name, ascent.targets.with_mean(name, whole, here + _spread(whole, name)))
-            height = _height(ascent, name)
-            continue
-        for halvings in range(_HALVINGS):
-            ascent.beliefs = whole.copy()
-            if halvings:
-                ascent.beliefs.update(
-                    name, ascent.targets.with_mean(name, whole, here + 0.5**halvings * (there - here))
-                )
-            reached = _height(ascent, name)
-            if reached >= height - 1e-9 * abs(height) or not math.isfinite(height):
-                break
-        else:
-            ascent.beliefs = start
-            break
-        if abs(reached - height) < enough and not halvings:
-            return
-        height = reached
-        heights.append(reached)
-    _refuse_runaway(ascent, name, heights)
-
-
-def _refuse_runaway(ascent: Ascent, name: str, heights: list[float]) -> None:
-    """Raises where many steps have gained more and more: a search that comes to a mode gains less and less."""
-    if len(heights) <= _RUNAWAY_STEPS:
-        return
-    rise, last = heights[-1] - heights[0], heights[-1] - heights[-2]
-    if rise > _RUNAWAY_NATS and last > 0.1 * rise:
-        sites = " and ".join(map(repr, ascent.program.blocks[name].site_names))
-        raise ImproperPosteriorError(
-            f"site {sites}: found a log density that rose by {rise:.2g} nats in {len(heights)} steps, faster and faster, expected a mode. "
-            "Give the site a prior that falls faster than its other factors rise, or data that determine it"
-        )
-
-
-def _is_saddle(ascent: Ascent, name: str, target: Tensor, here: Tensor, there: Tensor) -> bool:
-    """Whether the mean stays where the log density is not concave: between modes, by symmetry."""
-    spread = there.abs().clamp_min(1e-6)
-    outside = not bool(ascent.program.blocks[name].family.contains(target).all())
-    return outside and bool(((there - here).abs() <= 1e-6 * spread).all())
-
-
-def _spread(beliefs: Beliefs, name: str) -> Tensor:
-    """Noise of about a standard deviation, one at most, from torch's generator."""
-    moments = beliefs.wide[name]
-    wide = moments["covariance"].diagonal(dim1=-2, dim2=-1) if "covariance" in moments else moments["variance"]
-    return wide.clamp(max=1.0).sqrt() * torch.randn(wide.shape, dtype=wide.dtype).to(wide.device)
-
-
-def _height(ascent: Ascent, name: str) -> float:
-    """The log density at a block's mean; −∞ where it overflows, or a matrix of the model has no factor: no step is to end there."""
-    try:
-        value = ascent.targets.at_mean(name, ascent.beliefs)
-    except torch.linalg.LinAlgError:
-        return -math.inf
-    return value if math.isfinite(value) else -math.inf
 
 
 @dataclass(frozen=True)
@@ -237,6 +127,9 @@ def guarded_sweep(
 ) -> Sweep | None:
     """A sweep at the rate, halved while the bound falls; None where none holds."""
     start = ascent.beliefs
+    coarse = any(block.dtype != torch.float64 for block in ascent.program.blocks.values())
+    rounding = _COARSE if coarse else _FINE
+    longest = _LONGEST * sum(b.batch_shape.numel() * b.num_directions for b in ascent.program.blocks.values())
     for _ in range(_HALVINGS):
         ascent.beliefs, ascent.astray = start.copy(), 0.0
         try:
@@ -250,9 +143,10 @@ def guarded_sweep(
             after = None
         if after is not None:
             moved = moved_nats(ascent, start)
-            if before is None or _holds(
-                before, after, 3.0 if moved < _SMALL else 1.0, ascent.program.messages.quadrature_noise
-            ):
+            errors = 3.0 if moved < _SMALL else 1.0
+            still = max(moved, ascent.astray) < _STILL * rate**2
+            noise = ascent.program.messages.quadrature_noise
+            if before is None or still or (moved < longest and _holds(before, after, errors, noise, rounding)):
                 return Sweep(after, moved / rate**2, ascent.astray, rate)
         rate *= 0.5
     ascent.beliefs = start
@@ -267,14 +161,15 @@ def _sweep(ascent: Ascent, names: list[str] | None, draws: Draws | None, rate: f
         ascent.sweep([name], draws, 1.0 if whole else rate)
 
 
-def _holds(before: Tensor, after: Tensor, errors: float, noise: float) -> bool:
-    """Whether the bound has not fallen by more than so many standard errors of its gain, and what integrals by points leave.
+def _holds(before: Tensor, after: Tensor, errors: float, noise: float, rounding: float) -> bool:
+    """Whether the bound has not fallen by more than so many standard errors of its gain, what integrals by points leave, and a
+    relative rounding.
 
     Messages from draws vanish near the maximum of the same draws' bound, as near as one such error says, not at it: small steps
     need room, or they end short of where messages vanish.
     """
     gain = after - before if after.shape == before.shape else after.mean() - before.mean().unsqueeze(0)
-    slack = errors * standard_error(gain) + noise + 1e-9 * max(1.0, abs(float(before.mean())))
+    slack = errors * standard_error(gain) + noise + rounding * max(1.0, abs(float(before.mean())))
     return float(gain.mean()) >= -slack
 
 

@@ -73,7 +73,7 @@ class Draws:
         if found is None or natural is not beliefs.naturals[name]:
             natural = beliefs.naturals[name]
             with torch.no_grad():
-                found = self.path(blocks, name, beliefs, every)(natural).to(block.dtype)
+                found = _rounded(self.path(blocks, name, beliefs, every)(natural), block.dtype)
             self._last[name] = natural, found
         return found
 
@@ -95,6 +95,15 @@ class Draws:
             noise = (standard_normals(levels) if normal else levels).reshape(self.size, *shapes[name])
             self._noise[name] = noise.to(beliefs.moments[name]["mean"] if normal else natural)
             start += size
+
+
+def _rounded(draws: Tensor, dtype: torch.dtype) -> Tensor:
+    """Draws in the dtype of their site; what would round to 0 or 1 stays on its side of it, where log x and log (1 − x) are finite."""
+    found, limits = draws.to(dtype), torch.finfo(dtype)
+    if found.dtype == draws.dtype:
+        return found
+    found = torch.where((found == 0) & (draws > 0), limits.tiny, found)
+    return torch.where((found == 1) & (draws < 1), 1 - limits.eps, found)
 
 
 def _noise_shape(block: Block, beliefs: Beliefs, name: str) -> torch.Size:

@@ -60,6 +60,7 @@ class PointFit(OrdinaryGradients):
         enumerates = isinstance(loss, (TraceEnum_ELBO, JitTraceEnum_ELBO))
         self.elbo: Any = TraceEnum_ELBO(max_plate_nesting=loss.max_plate_nesting) if enumerates else Trace_ELBO()
         self._is_random: bool | None = None
+        self._mine: set[int] = set()  # the guide's parameters
         self._inverse: Callable[[Tensor], Tensor] | None = None
         self._quasi: torch.optim.LBFGS | None = None
         self.decrement = float("inf")
@@ -68,14 +69,24 @@ class PointFit(OrdinaryGradients):
         if self._is_random is None:
             check_guide(self.model, self.guide, args, kwargs)
             self._is_random = self._has_noise(args, kwargs)
-        leaves, others = self._leaves(args, kwargs)
-        if self._is_random or not leaves:
+            self._mine = {id(leaf) for leaf in self._leaves(args, kwargs)[0]}
+        if self._is_random or not self._mine:
             return super().step(*args, **kwargs)
+
+        def objective() -> Any:
+            return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+        with poutine.trace(param_only=True) as params:
+            value = objective()
+        found = _unconstrained(params.trace)
+        leaves = [leaf for leaf in found if id(leaf) in self._mine]
+        others = [leaf for leaf in found if id(leaf) not in self._mine]
+        if len(leaves) != len(self._mine):  # the store was cleared or loaded: other tensors have their place
+            leaves, others = self._leaves(args, kwargs)
+            self._mine = {id(leaf) for leaf in leaves}
         held = [(leaf, leaf.detach().clone()) for leaf in leaves]
         try:
-            loss = self._descend(
-                leaves, others, lambda: self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-            )
+            loss = self._descend(leaves, others, value, objective)
         except BaseException:
             _put_back(held)
             raise
@@ -101,8 +112,10 @@ class PointFit(OrdinaryGradients):
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _descend(self, leaves: list[Tensor], others: list[Tensor], objective: Callable[[], Any]) -> float:
-        value = objective()
+    def _descend(
+        self, leaves: list[Tensor], others: list[Tensor], value: Tensor, objective: Callable[[], Any]
+    ) -> float:
+        """A step from where the objective has this value."""
         gradients = torch.autograd.grad(
             value, [*leaves, *others], create_graph=True, allow_unused=True, materialize_grads=True
         )

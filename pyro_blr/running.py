@@ -68,6 +68,8 @@ class _Substitute(Messenger):
         self.drawn: dict[str, Tensor] = {}  # indices of the plates that were not told theirs
 
     def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and any(frame.size == _NO_SIZE for frame in msg["cond_indep_stack"]):
+            msg["fn"] = _as_wide_as(msg["value"], msg["fn"])
         if msg["is_observed"] or msg["value"] is not None:
             return
         if isinstance(msg["fn"], _Subsample):
@@ -81,6 +83,19 @@ class _Substitute(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], _Subsample):
             self.drawn[msg["name"]] = msg["value"]
+
+
+_NO_SIZE = -1  # of `pyro.plate(name)`, which has as many elements as what is sampled in it
+
+
+def _as_wide_as(value: Any, distribution: Any) -> Any:
+    """The distribution with the batch shape that its data give it; itself where these do not fit."""
+    shape = distribution.shape()
+    try:
+        wide = torch.broadcast_shapes(torch.as_tensor(value).shape, shape)
+    except RuntimeError:
+        return distribution
+    return distribution if wide == shape else distribution.expand(wide[: len(wide) - distribution.event_dim])
 
 
 def run_model(

@@ -10,10 +10,11 @@ from tqdm.auto import tqdm
 
 from pyro_blr.accuracy import ERROR, MonteCarloError, Optima
 from pyro_blr.ascent import Ascent
-from pyro_blr.climbs import Climb, climb, moved_nats, newton_start
+from pyro_blr.climbs import Climb, climb, moved_nats
 from pyro_blr.diagnostics import Restart
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.gradients import ParameterUpdate
+from pyro_blr.newton import newton_start
 from pyro_blr.program import Program
 from pyro_blr.renewal import renewed
 from pyro_blr.steps import take_step

@@ -19,7 +19,7 @@ from torch.distributions.transforms import ComposeTransform
 from pyro_blr.blocks import Block
 from pyro_blr.families import ExponentialFamily, LogNormal, Normal, TransformedNormal, family_of
 from pyro_blr.initial import diagonal_natural
-from pyro_blr.links import Argument, Rows, find_argument
+from pyro_blr.links import Argument, Rows, find_argument, shared_parameters
 from pyro_blr.parameters import Slot, nudged, remembered, statement_slot
 from pyro_blr.readings import Part, UnreadableGuide, independent_gaussian
 from pyro_blr.running import isolated_random_state, unwrap
@@ -148,13 +148,7 @@ def survey_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tup
             statements.append(_statement(name, slots, observed))
         except UnreadableGuide as error:
             reasons[name] = str(error)
-    used: dict[str, str] = {}
-    for statement in statements:
-        for argument in statement.arguments:
-            first = used.setdefault(argument.slot.name, statement.site)
-            if first != statement.site:
-                text = f"{statement.site} and {first} share the parameter {argument.slot.name!r}"
-                reasons[first] = reasons[statement.site] = text
+    reasons |= shared_parameters([(s.site, argument) for s in statements for argument in s.arguments])
     return [statement for statement in statements if statement.site not in reasons], reasons
 
 

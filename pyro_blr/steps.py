@@ -10,8 +10,9 @@ from torch import Tensor
 from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import check_natural
-from pyro_blr.climbs import guarded_sweep, newton_start
+from pyro_blr.climbs import guarded_sweep
 from pyro_blr.draws import Draws, fresh_seed
+from pyro_blr.newton import newton_start
 from pyro_blr.program import Program
 from pyro_blr.rules import Passes, RobbinsMonro
 

@@ -85,6 +85,7 @@ LAYERS = [
     "targets",
     "ascent",
     "tails",
+    "newton",
     "climbs",
     "steps",
     # What a method of Posterior or of the engine is made of stands below it, and is told what it needs.
