@@ -301,7 +301,8 @@ def _joint_block(sites: Sequence[Site], keeps_plates: bool = True) -> Block:
         size = torch.Size((*site.batch_shape[len(batch) :], *event)).numel()
         members.append(Member(site, start, start + size, family))
         start += size
-    if not complete and any(plate.subsample_size != plate.size for site in sites for plate in site.plates):
+    partial = any(plate.subsample_size != plate.size for site in sites for plate in site.plates)
+    if not complete and partial or len({site.looped for site in sites}) > 1:
         raise ValueError(
             f"sites {[site.name for site in sites]} cannot form one block: they are in a subsampled plate that not all of them share"
         )

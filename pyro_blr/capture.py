@@ -113,7 +113,7 @@ def _with_latents(trace: poutine.Trace, recording: Recording, values: Mapping[st
 
 def _add_statement(graph: FactorGraph, name: str, node: dict, plain_node: dict) -> None:
     recording = graph.recording
-    plates = _plates_of(name, node)
+    plates, looped = _plates_of(name, node)
     if node["infer"].get("_deterministic") or _is_its_own_value(recording, node):
         graph.deterministic[name] = recording.reference(node["value"])
         return
@@ -122,7 +122,7 @@ def _add_statement(graph: FactorGraph, name: str, node: dict, plain_node: dict) 
         shared = name in recording.watched
         shape = torch.Size(distribution.shape()) if shared else value.shape
         infer = dict(node["infer"])
-        graph.sites[name] = Site(name, distribution, shape, value.dtype, value.device, plates, infer, shared)
+        graph.sites[name] = Site(name, distribution, shape, value.dtype, value.device, plates, infer, shared, looped)
     factor = Factor(
         name=name,
         constructed=_constructed(recording, node["fn"]),
@@ -134,6 +134,7 @@ def _add_statement(graph: FactorGraph, name: str, node: dict, plain_node: dict) 
         is_observed=node["is_observed"],
         latents=frozenset(),
         source=_line_of(node["fn"]),
+        looped=looped,
     )
     graph.factors[name] = replace(factor, latents=_latents_of(graph, factor))
 
@@ -228,8 +229,9 @@ def _holds_recorded(value: Any) -> bool:
     return any(_holds_recorded(item) for item in getattr(value, "__dict__", {}).values() if item is not value)
 
 
-def _plates_of(name: str, node: dict) -> tuple[Plate, ...]:
-    plates = []
+def _plates_of(name: str, node: dict) -> tuple[tuple[Plate, ...], float]:
+    """The vectorised plates around a statement, and how much those that are loops are subsampled."""
+    plates, looped = [], 1.0
     for frame in node["cond_indep_stack"]:
         if frame.vectorized:
             found = (1,) * -frame.dim + tuple(
@@ -238,4 +240,6 @@ def _plates_of(name: str, node: dict) -> tuple[Plate, ...]:
             drawn = frame.size if frame.size >= 0 else found[frame.dim]
             full = frame.full_size if frame.full_size is not None and frame.full_size >= 0 else drawn
             plates.append(Plate(frame.name, frame.dim, full, drawn))
-    return tuple(sorted(plates, key=lambda plate: plate.dim))
+        elif frame.size and frame.full_size is not None:
+            looped *= float(frame.full_size / frame.size)
+    return tuple(sorted(plates, key=lambda plate: plate.dim)), looped

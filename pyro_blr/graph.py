@@ -43,6 +43,7 @@ class Site:
     plates: tuple[Plate, ...]
     infer: Mapping[str, Any]
     shared: bool = False  # this run gave all elements one state
+    looped: float = 1.0  # size / subsample_size of the plates around it that are loops
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -55,10 +56,11 @@ class Site:
     @property
     def scale(self) -> float:
         """s_i: the plates' part of the factor's scale, which the guide's own statement carries too."""
-        scale = 1.0
-        for plate in self.plates:
-            scale *= plate.size / max(plate.subsample_size, 1)
-        return scale
+        return _scale_of(self.plates, self.looped)
+
+
+def _scale_of(plates: Sequence[Plate], looped: float) -> float:
+    return looped * math.prod(plate.size / max(plate.subsample_size, 1) for plate in plates)
 
 
 def _once_round(distribution: Any) -> Any:
@@ -122,6 +124,7 @@ class Factor:
     is_observed: bool
     latents: frozenset[str]
     source: str
+    looped: float = 1.0
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -149,6 +152,16 @@ class FactorGraph:
     def plates(self) -> dict[str, Plate]:
         plates = [site.plates for site in self.sites.values()] + [factor.plates for factor in self.factors.values()]
         return {plate.name: plate for some in plates for plate in some}
+
+    @property
+    def is_subsampled(self) -> bool:
+        whole = all(plate.subsample_size == plate.size for plate in self.plates.values())
+        return not whole or any(factor.looped != 1.0 for factor in self.factors.values())
+
+    @property
+    def steps_of_a_pass(self) -> float:
+        """How many subsamples of this size are as large as the data: the largest scale that plates give a factor."""
+        return max((_scale_of(factor.plates, factor.looped) for factor in self.factors.values()), default=1.0)
 
     @property
     def shared(self) -> frozenset[str]:

@@ -177,7 +177,7 @@ class _Search:
     def _compatible(self, a: str, b: str) -> bool:
         one, other = self.graph.sites[a], self.graph.sites[b]
         subsampled = any(p.subsample_size != p.size for site in (one, other) for p in site.plates)
-        same = one.dtype == other.dtype and one.device == other.device
+        same = (one.dtype, one.device, one.looped) == (other.dtype, other.device, other.looped)
         return same and (not subsampled or in_same_plates((one, other)))
 
     # -- grouping ------------------------------------------------------------------------------------------------------

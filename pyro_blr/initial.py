@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -210,7 +211,7 @@ def joint_natural(block: Block, given: Mapping[str, Any]) -> Tensor:
 
 
 def _with(site: Site, distribution: Any) -> Site:
-    return Site(site.name, distribution, site.shape, site.dtype, site.device, site.plates, site.infer)
+    return replace(site, distribution=distribution)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class Program:
 
     @property
     def is_subsampled(self) -> bool:
-        return any(plate.subsample_size != plate.size for plate in self.graph.plates.values())
+        return self.graph.is_subsampled
 
     def notes(self) -> list[str]:
         """What a user should know about the run besides verdicts."""
@@ -235,7 +235,7 @@ def _suits_flattening(messages: Messages) -> bool:
         and not any(block.is_discrete or messages.is_coupled(name) for name, block in messages.blocks.items())
         and not any(messages.masked(name) is not None for name in messages.blocks)
         and not any(value.requires_grad for value in messages.graph.params.values())
-        and all(plate.subsample_size == plate.size for plate in messages.graph.plates.values())
+        and not messages.graph.is_subsampled
         and all(factor.batch_shape.numel() <= Sweeps.SMALL for factor in messages.graph.factors.values())
     )
 

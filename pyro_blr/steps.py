@@ -53,7 +53,7 @@ def take_step(ascent: Ascent, number: int) -> None:
         return
     if program.is_subsampled:
         _optimise_locals(ascent, local, draws)
-        rate = Passes(_steps_of_a_pass(program)).rate(number)
+        rate = Passes(program.graph.steps_of_a_pass).rate(number)
         if program.is_exact:
             _implicit_step(ascent, local, rate)
             return
@@ -61,11 +61,6 @@ def take_step(ascent: Ascent, number: int) -> None:
         rate = 1.0 if draws is None or number < FULL_STEPS else schedule.rate(number - FULL_STEPS + 1)
     names = [name for name in ascent.order if name not in local]
     guarded_sweep(ascent, draws, rate, None if ascent.beliefs.points else ascent.finite_estimates(draws), names)
-
-
-def _steps_of_a_pass(program: Program) -> float:
-    """How many minibatches of this size are as large as the data."""
-    return math.prod(plate.size / plate.subsample_size for plate in program.graph.plates.values())
 
 
 def _optimise_locals(ascent: Ascent, local: list[str], draws: Draws | None) -> None:

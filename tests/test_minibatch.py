@@ -86,6 +86,48 @@ def test_a_local_latent_is_the_same_with_its_globals_held() -> None:
         assert torch.allclose(engine.posterior.natural[site], full.natural[site], rtol=1e-3, atol=1e-3)
 
 
+def test_a_loop_over_a_subsample_is_averaged_as_a_plate_is() -> None:
+    """Each element of a loop is a statement of its own: the rates shrink all the same, by one pass in four steps."""
+    y = torch.randn(20)
+
+    def model(looped: bool) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        plate = pyro.plate("rows", 20, subsample_size=5)
+        if looped:
+            for i in plate:
+                pyro.sample(f"y_{i}", dist.Normal(m, 1.0), obs=y[i])
+        else:
+            with plate as index:
+                pyro.sample("y", dist.Normal(m, 1.0), obs=y[index])
+
+    means = []
+    for looped in (True, False):
+        pyro.set_rng_seed(0)
+        engine = BLRInference(model)
+        for _ in range(20):
+            engine.step(looped)
+        assert engine.posterior.elbo_kind != "exact evidence"
+        means.append(float(engine.posterior["m"].mean))
+    assert means[0] == pytest.approx(means[1], abs=1e-12)
+
+
+def test_a_latent_of_a_loop_over_given_rows_counts_once() -> None:
+    """Three to one: neither the likelihood nor the prior of a local site counts three times."""
+    y = torch.randn(6)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        for i in pyro.plate("groups", 6, subsample=torch.tensor([1, 4])):
+            theta = pyro.sample(f"theta_{i}", dist.Normal(mu, 1.0))
+            pyro.sample(f"y_{i}", dist.Normal(theta, 0.5), obs=y[i])
+
+    engine = BLRInference(model)
+    for _ in range(5):
+        engine.step()
+    assert float(engine.posterior["theta_1"].variance) == pytest.approx(1 / (1 + 4))
+    assert float(engine.posterior["mu"].variance) == pytest.approx(1 / (0.25 + 6))
+
+
 def test_rows_that_a_minibatch_leaves_out_keep_their_posterior() -> None:
     y = torch.randn(3, 20)
 
