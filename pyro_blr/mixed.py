@@ -34,6 +34,7 @@ __all__ = ["MixedFit", "guide_fit"]
 
 _OPTIM = "ordinary gradient of loss through optim, as under SVI"
 _VALUES = 5  # draws of a site among which two differ
+_VECTORISED = 10  # draws at most where `loss` vectorises its particles: each is a run here
 
 
 def guide_fit(
@@ -166,8 +167,8 @@ class MixedFit(OrdinaryGradients):
     """λ_e ← (1 − ρ) λ_e + (ρ / s_e) E_r Σ_f s_f ∇_{μ_e} E_{q_e}[log f] for the sites e that are families with parameters of their
     own, r the rest of the guide; the gradient of `loss` through `optim` for every other parameter.
 
-    The expectation over r is the average over `loss.num_particles` draws, given which messages are exact where they are in a model
-    whose sites r are data. ρ is 1 where r are points and nothing else is random; else it shrinks, so that draws average out.
+    E_r is the average over `loss.num_particles` draws (vectorised: ten at most), given which messages are exact where they are in
+    a model whose sites r are data. ρ is 1 where r are points and nothing else is random; else it shrinks: draws average out.
     """
 
     schedule = RobbinsMonro(delay=1.0, decay=0.6)
@@ -225,15 +226,14 @@ class MixedFit(OrdinaryGradients):
     def _natural_step(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """λ after the step: the rule's own where nothing is random, else a part ρ of the way there, averaged over draws of the rest."""
         self._q.refresh()
-        count = getattr(self.loss, "num_particles", 1) if self.division.is_random else 1
-        ends, rate = [], 1.0
+        count = self.loss.num_particles if self.division.is_random else 1
+        count = min(count, _VECTORISED) if self.loss.vectorize_particles else count
+        ends = []
         for _ in range(count):
             program = self._program(args, kwargs)
             ends.append(self._end(program))
-            rate = self._rate(program)
-        before = self._q.naturals
-        means = {name: torch.stack([end[name] for end in ends]).mean(0) for name in before}
-        return {name: torch.lerp(before[name], mean, rate) for name, mean in means.items()}
+        held, rate = self._q.naturals, self._rate(program)
+        return {x: torch.lerp(held[x], torch.stack([end[x] for end in ends]).mean(0), rate) for x in held}
 
     def _program(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """The model's program at a fresh draw of the rest of the guide, λ ready for it."""

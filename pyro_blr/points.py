@@ -58,7 +58,11 @@ class PointFit(OrdinaryGradients):
     def __init__(self, model: Any, guide: Any, optim: Any, loss: Any, reason: str):
         super().__init__(model, guide, optim, loss, reason)
         enumerates = isinstance(loss, (TraceEnum_ELBO, JitTraceEnum_ELBO))
-        self.elbo: Any = TraceEnum_ELBO(max_plate_nesting=loss.max_plate_nesting) if enumerates else Trace_ELBO()
+        self.elbo: Any = Trace_ELBO()
+        if enumerates:
+            self.elbo = TraceEnum_ELBO(
+                max_plate_nesting=loss.max_plate_nesting, strict_enumeration_warning=loss.strict_enumeration_warning
+            )
         self._is_random: bool | None = None
         self._mine: set[int] = set()  # the guide's parameters
         self._inverse: Callable[[Tensor], Tensor] | None = None

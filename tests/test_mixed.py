@@ -90,6 +90,23 @@ def test_beside_a_random_site_it_is_averaged_over_draws() -> None:
     assert pyro.param("beta").item() == pytest.approx(expected, abs=5 * error)
 
 
+def test_vectorised_particles_are_not_taken_one_by_one() -> None:
+    """A loss runs 500 of them in one run of the model; here every draw of the rest is a run of its own."""
+    runs = 0
+
+    def model() -> None:
+        nonlocal runs
+        runs += 1
+        unknown_precision()
+
+    loss = Trace_ELBO(num_particles=500, vectorize_particles=True, max_plate_nesting=1)
+    engine = still(model, normal_of_fixed_width_and_gamma, loss)
+    engine.step()
+    runs = 0
+    engine.step()
+    assert runs < 100
+
+
 def test_noise_averages_out_over_steps() -> None:
     engine = still(unknown_precision, normal_of_fixed_width_and_gamma)
     for _ in range(60):

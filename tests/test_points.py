@@ -91,6 +91,16 @@ def test_discrete_sites_summed_out_by_the_loss() -> None:
     np.testing.assert_allclose(found["locs"], [1 / 2.01, 33 / 3.01], atol=1e-6)
 
 
+def test_a_loss_that_does_not_warn_of_enumeration_is_followed() -> None:
+    """Warnings are errors here."""
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    loss = TraceEnum_ELBO(strict_enumeration_warning=False)
+    BLRInference(model, AutoDelta(model), Adam({"lr": 0.1}), loss).step()
+
+
 def test_many_unknowns() -> None:
     y = torch.randn(400)
 
