@@ -89,7 +89,8 @@ def find_argument(
 ) -> Argument | str:
     """The argument, seen as `tensors` where the parameters were `values`; or why it is no parameter.
 
-    In plates of which a run drew some `rows` it may be those rows of a parameter, which then has all of them.
+    In plates of which a run drew some `rows` it may be those rows of a parameter, which then has all of them; and it may be
+    elements of one. Both are for statements read by themselves: without `rows` an argument is all of a parameter.
     """
     for slot_name, slot in slots.items():
         for link in LINKS:
@@ -101,7 +102,7 @@ def find_argument(
                 for seen, tensor, drawn in zip(values, tensors, rows, strict=True)
             ):
                 return Argument(name, slot, link, values[0][slot_name].shape)
-    for slot_name, slot in slots.items():
+    for slot_name, slot in slots.items() if rows is not None else ():
         for link in LINKS:
             picks = _picks(link, slot, [seen[slot_name] for seen in values], tensors)
             if picks is not None:
