@@ -163,7 +163,7 @@ def check_loss_of_data(observed: set[str], graph: FactorGraph) -> None:
 
 
 def check_plates(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Warns of plates that a guide has and its model has not, as `SVI` does while validation is on."""
+    """Warns of plates that a guide has and its model has not, as `SVI` does and in its words, while validation is on."""
     if not is_validation_enabled():
         return
     with isolated_random_state(0), poutine.block(), torch.no_grad():
@@ -172,8 +172,8 @@ def check_plates(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[
     foreign = sorted(set(ours) - set(theirs))
     if foreign:
         warnings.warn(
-            f"the guide has a plate {foreign[0]!r} that the model has not (its plates: {sorted(theirs)}): they share no indices where "
-            "they are subsampled. Give a plate the same name in both",
+            f"Found plate statements in guide but not model: {foreign} (the model's plates: {sorted(theirs)}); they share no indices "
+            "where they are subsampled. Give a plate the same name in both",
             stacklevel=4,
         )
 

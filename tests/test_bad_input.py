@@ -887,7 +887,7 @@ def test_a_plate_of_the_guide_alone(subsample_size):
         with pyro.plate("lines", 3, subsample_size=subsample_size) as index:
             pyro.sample("z", dist.Normal(loc[index], pyro.param("scale", torch.ones(3))[index]))
 
-    with pytest.warns(UserWarning, match=r"a plate 'lines' that the model has not \(its plates: \['rows'\]\)"):
+    with pytest.warns(UserWarning, match=r"in guide but not model: \['lines'\] \(the model's plates: \['rows'\]\)"):
         BLRInference(model, guide).evaluate_loss(Y)
     BLRInference(model, guide).evaluate_loss(Y, plate="lines")
     with pyro.validation_enabled(False):
