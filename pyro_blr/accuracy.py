@@ -38,6 +38,12 @@ class Optima:
         self._sizes: list[int] = []
         self._squares: list[dict[str, Tensor]] = []  # of each pair, e_j² scalar by scalar
 
+    def copy(self) -> Optima:
+        """An independent copy."""
+        other = Optima()
+        other._last, other._sizes, other._squares = self._last, list(self._sizes), self._squares
+        return other
+
     def add(self, beliefs: Beliefs, size: int) -> None:
         """The next optimum."""
         if self._last is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,21 @@ class Ascent:
         """Blocks in model order, those whose start is given last."""
         names = list(self.program.blocks)
         return [n for n in names if n not in self.last] + [n for n in names if n in self.last]
+
+    def saved(self) -> Callable[[], None]:
+        """What puts q, its bound, and all that the next sweep depends on back as they are now."""
+        beliefs, bound = self.beliefs.copy(), (self._bound, self.bound_se, self.astray)
+        targets, sweeps = self.targets, self.program.sweeps
+        controls, hessians, count = dict(targets.controls), dict(targets.hessians), sweeps.count
+        integrals = self.program.messages.saved()
+
+        def restore() -> None:
+            self.beliefs, (self._bound, self.bound_se, self.astray) = beliefs.copy(), bound
+            targets.controls, targets.hessians, sweeps.count = dict(controls), dict(hessians), count
+            for integral in integrals:
+                integral()
+
+        return restore
 
     # -- the equation -------------------------------------------------------------------------------------------------
 

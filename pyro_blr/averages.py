@@ -77,6 +77,7 @@ class FactorAverage:
         if any(isinstance(item, Ref) for item in (plan.factor.mask, plan.factor.scale)):
             return None
         if self._weighted_by is None or any(a is not b for a, b in zip(probs, self._weighted_by, strict=True)):
+            self._weighted_by = None  # an interrupt may come before both are new
             with torch.no_grad():
                 self._weighted = WeightedSums(self._all_weights(probs), {}, self._weighted.data)
             self._weighted_by = probs

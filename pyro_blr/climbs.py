@@ -14,6 +14,7 @@ from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import ImproperPosteriorError
 from pyro_blr.draws import Draws
 from pyro_blr.estimators import standard_error
+from pyro_blr.halts import Halt, Step, Sweep
 
 __all__ = ["Climb", "climb", "guarded_sweep", "moved_nats"]
 
@@ -22,7 +23,6 @@ _SMALL = 1e-2  # nats of a step that is small beside the width of q
 _STILL = 1e-9  # nats of a full step that is none: what the bound falls in it is rounding
 _FINE, _COARSE = 1e-9, 1e-6  # relative rounding of a bound whose factors are in float64, and in less
 _LONGEST = 100.0  # nats of a step for every unknown: a log density far out may be all rounding, and look like a gain
-_STUCK = 1e-2  # a step that covers so little of the way to its targets has met a fixed point of the retraction
 
 
 @dataclass(frozen=True)
@@ -36,90 +36,30 @@ class Climb:
     last: float
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """The bound's estimates after a sweep, the Σ_i s_i KL of a full step, and the nats to targets outside the domain.
-
-    The retraction of a Gaussian's precision S to Ŝ has a fixed point at Ŝ = (1 − 2/ρ) S besides the one at Ŝ = S: where the
-    steps vanish and the targets stay away, another ρ moves on.
-    """
-
-    values: Tensor
-    distance: float
-    astray: float
-    rate: float
-
-
-def climb(ascent: Ascent, draws: Draws | None, tol: float, limit: int, tick: Callable[[float], bool]) -> Climb:
+def climb(
+    ascent: Ascent,
+    draws: Draws | None,
+    tol: float,
+    limit: int,
+    tick: Callable[[float, Halt], None],
+    halt: Halt | None = None,
+) -> Climb:
     """Sweeps on fixed draws until the extrapolated remaining distance, Σ_i s_i KL, is below `tol` nats.
 
-    A sweep is halved while the bound falls by more than the draws' own noise.  `tick` is told the bound after
-    every sweep, and says whether there may be another.
+    A sweep is halved while the bound falls by more than the draws' own noise.  `tick` is told the bound and
+    the halt after every sweep; a climb that was cut short goes on from its last `halt`.
     """
-    first, previous, rate, ceiling, factor = math.inf, math.inf, 1.0, 1.0, 1.0
-    values: Tensor | None = None if ascent.beliefs.points else ascent.finite_estimates(draws)
-    remaining, last = math.inf, None
-    for number in range(limit):
+    halt = halt or Halt(None if ascent.beliefs.points else ascent.finite_estimates(draws))
+    while not halt.is_done(tol, draws):
+        if halt.number >= limit:
+            return Climb(False, halt.first, halt.remaining)
         start = ascent.beliefs
-        moved = guarded_sweep(ascent, draws, rate, values)
+        moved = guarded_sweep(ascent, draws, halt.rate, halt.values)
         if moved is None:
-            return Climb(remaining < 10 * tol, min(first, remaining), remaining)
-        values, rate = moved.values, moved.rate
-        distance = max(moved.distance, moved.astray)
-        # the first ratio of two steps shows the directions that end at once, not the one that lags: two ratios on draws
-        slow, factor = factor, extrapolation(previous, distance)
-        remaining = distance * (factor if draws is None else max(factor, slow))
-        first = distance if number == 0 else first
-        more = tick(float(values.mean()))
-        if (remaining < tol and (draws is None or number > 1)) or distance < 1e-3 * tol:
-            return Climb(True, first, remaining)
-        if not more:
-            break
-        step = _Step.between(start, ascent.beliefs, rate)
-        overlap = step.overlap(last) if last is not None else 1.0
-        ceiling = max(rate / (1 - overlap), 1 / 64) if overlap < -0.2 else min(1.0, 1.2 * ceiling)
-        if moved.distance < _STUCK * moved.astray:
-            ceiling = rate / 2
-        previous, last, rate = distance, step, min(ceiling, 2 * rate)
-    return Climb(False, first, remaining)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A full step's change of λ and of μ in every block."""
-
-    natural: dict[str, Tensor]
-    expectation: dict[str, Tensor]
-
-    @staticmethod
-    def between(start: Beliefs, end: Beliefs, rate: float) -> _Step:
-        naturals, expectations = {}, {}
-        for name, block in start.blocks.items():
-            new, old = end.naturals[name], start.naturals[name]
-            naturals[name] = block.scale * (new - old) / rate
-            expectations[name] = (block.family.to_expectation(new) - block.family.to_expectation(old)) / rate
-        return _Step(naturals, expectations)
-
-    def overlap(self, before: _Step) -> float:
-        """⟨this, before⟩ / ⟨before, before⟩ in the Fisher metric: negative where steps overshoot.
-
-        Steps that shrink by q at rate ρ along one direction vanish at the rate ρ / (1 − q).
-        """
-        names = [name for name in self.natural if self.natural[name].shape == before.natural[name].shape]
-        inner = sum(float((self.natural[n] * before.expectation[n]).sum()) for n in names)
-        size = sum(float((before.natural[n] * before.expectation[n]).sum()) for n in names)
-        ratio = inner / size if size > 0 else 1.0
-        return ratio if math.isfinite(ratio) else 1.0
-
-
-def extrapolation(previous: float, distance: float) -> float:
-    """(r / (1 − r))², at least 1, for steps that shrink by r: all steps to come together, in the units of the
-    square of one.
-    """
-    if not math.isfinite(previous):
-        return 1.0
-    ratio = math.sqrt(distance / previous) if previous > 0 else 0.0
-    return max(1.0, (ratio / (1 - ratio)) ** 2) if ratio < 1 else math.inf
+            return Climb(halt.remaining < 10 * tol, min(halt.first, halt.remaining), halt.remaining)
+        halt = halt.after(moved, Step.between(start, ascent.beliefs, moved.rate), draws)
+        tick(float(moved.values.mean()), halt)
+    return Climb(True, halt.first, halt.remaining)
 
 
 def guarded_sweep(

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import (
-    SVI,
-    JitTrace_ELBO,
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-    JitTraceMeanField_ELBO,
-    Predictive,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-)
-from pyro.infer.elbo import ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.optim.pytorch_optimizers import Adam  # type: ignore[attr-defined]
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -29,47 +19,22 @@ from torch import Tensor
 from pyro_blr.ascent import Ascent
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.explain import Explanation
+from pyro_blr.generators import GeneratorStates
+from pyro_blr.interrupts import cut_short, patient, undone_by, uninterrupted
 from pyro_blr.program import Program
 from pyro_blr.running import isolated_random_state, latent_nodes
+from pyro_blr.sameness import Call
 from pyro_blr.stopping import has_levelled
 
 __all__ = [
     "GuideFit",
     "OrdinaryGradients",
     "ParameterUpdate",
-    "check_loss",
-    "check_optim",
     "reason_of",
     "unconstrained",
 ]
 
-_LOSSES = (
-    Trace_ELBO,
-    TraceMeanField_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    JitTrace_ELBO,
-    JitTraceMeanField_ELBO,
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-)
 _LEARNING_RATE = 0.01
-
-
-def check_loss(loss: Any) -> None:
-    """Raises for a loss that has no meaning here."""
-    if loss is None or type(loss) in _LOSSES:
-        return
-    expected = "Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO or TraceGraph_ELBO (or leave loss out)"
-    if isinstance(loss, type) and issubclass(loss, ELBO):
-        raise TypeError(f"loss: found the class {loss.__name__}, expected an instance; write {loss.__name__}()")
-    if isinstance(loss, ELBO):
-        reason = "it is another objective than the ELBO, whose natural gradient the learning rule follows"
-    elif callable(loss):
-        reason = "a bare function does not say which factors it sums, so no message can be read from it"
-    else:
-        reason = "it is no ELBO"
-    raise TypeError(f"loss: found {type(loss).__name__}, expected {expected}: {reason}")
 
 
 def _holders(single: Any) -> list[Any]:
@@ -79,15 +44,6 @@ def _holders(single: Any) -> list[Any]:
 
 def _parts(single: Any) -> list[dict]:
     return [part.state_dict() for part in _holders(single)]
-
-
-def check_optim(optim: Any) -> None:
-    """Raises for an optimiser that is none of Pyro's."""
-    if optim is not None and not isinstance(optim, pyro.optim.PyroOptim):
-        raise TypeError(
-            f"optim: found {type(optim).__name__}, expected one of pyro.optim's (such as pyro.optim.Adam({{'lr': 0.01}})), or None. "
-            "Wrap a torch optimiser in pyro.optim.PyroOptim"
-        )
 
 
 def reason_of(error: Exception) -> str:
@@ -132,7 +88,7 @@ class ParameterUpdate:
         return restore
 
     def step(self, program: Program, ascent: Ascent) -> None:
-        """Moves the parameters; a run without any does nothing."""
+        """Moves the parameters, all or none; a run without any does nothing."""
         params = self.found(program)
         if not params:
             return
@@ -147,8 +103,12 @@ class ParameterUpdate:
             if gradient is not None:
                 param.grad = -gradient
                 used.append(param)
-        self.optim(used)
-        pyro.infer.util.zero_grads(used)
+        try:
+            _refuse_nan(params, -float(objective.detach()))
+            with uninterrupted():
+                self.optim(used)
+        finally:
+            pyro.infer.util.zero_grads(used)
 
 
 @dataclass
@@ -164,7 +124,7 @@ class GuideFit:
     converged: bool
     stop_reason: str
     num_steps: int
-    elbo_kind: str = "estimate ± standard error"
+    elbo_kind: str
 
     def sample(self, sample_shape: torch.Size | tuple = ()) -> dict[str, Tensor]:
         """Site -> draws of the guide."""
@@ -215,8 +175,23 @@ def _refuse_nan(leaves: Mapping[str, Tensor], loss: float) -> None:
             )
 
 
+@dataclass
+class _Cut:
+    """A run that was cut short: its call, options and last step, its first step, and the generators."""
+
+    call: Call
+    options: tuple
+    first: int
+    generators: GeneratorStates
+
+    def is_same(self, args: tuple, kwargs: Mapping[str, Any], options: tuple) -> bool:
+        return self.options == options and self.call.is_repeated(args, kwargs)
+
+
 class OrdinaryGradients:
     """SVI behind the engine's face, for guides that are not read as exponential families."""
+
+    elbo_kind = "estimate ± standard error"
 
     def __init__(self, model: Any, guide: Any, optim: Any, loss: Any, reason: str):
         self.guide, self.model, self.reason = guide, model, reason
@@ -226,19 +201,18 @@ class OrdinaryGradients:
         self.history: list[float] = []
         self.has_run = False
         self._fit: GuideFit | None = None
+        self._cut: _Cut | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         if not self.history:
             check_guide(self.model, self.guide, args, kwargs)
-        generators = pyro.util.get_rng_state()
-        try:
+        with undone_by(partial(pyro.util.set_rng_state, pyro.util.get_rng_state())) as pending:
             loss, leaves = self.gradient(args, kwargs)
-        except BaseException:
-            pyro.util.set_rng_state(generators)
-            raise
-        self.move(list(leaves.values()))
-        self.has_run = True
-        self.history.append(-loss)
+            with uninterrupted():
+                pending.clear()
+                self.move(list(leaves.values()))
+                self.has_run = True
+                self.history.append(-loss)
         return loss
 
     def gradient(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[float, dict[str, Tensor]]:
@@ -264,17 +238,43 @@ class OrdinaryGradients:
         return loss
 
     def run(self, args: tuple, kwargs: Mapping[str, Any], *, max_steps: int, tol: float, progress: bool) -> GuideFit:
-        converged = False
-        for number in range(max_steps):
-            self.step(*args, **kwargs)
-            if number >= 200 and number % 10 == 0 and has_levelled(self.history, 100, tol):
-                converged = True
-                break
+        with patient() as check, self._goes_on(args, kwargs, (max_steps, tol)) as first:
+            while not (converged := self._has_levelled(len(self.history) - first, tol)):
+                if len(self.history) - first >= max_steps:
+                    break
+                self.step(*args, **kwargs)
+                check()
         reason = "the running mean of the ELBO levelled off" if converged else f"max_steps={max_steps} reached"
-        elbo = sum(self.history[-100:]) / len(self.history[-100:])
+        return self._ended(args, kwargs, converged, reason, self._last_elbo())
+
+    def _has_levelled(self, steps: int, tol: float) -> bool:
+        return steps > 200 and steps % 10 == 1 and has_levelled(self.history, 100, tol)
+
+    @contextmanager
+    def _goes_on(self, args: tuple, kwargs: Mapping[str, Any], options: tuple) -> Iterator[int]:
+        """The number of the run's first step: where this call begins, or began before it was cut short."""
+        cut, first = self._cut, len(self.history)
+        if cut is not None and cut.is_same(args, kwargs, (*options, first)):
+            first = cut.first
+            cut.generators.restore()
+        try:
+            yield first
+        except BaseException as error:
+            if len(self.history) > first:
+                reason = cut_short(error, len(self.history) - first)
+                self._ended(args, kwargs, False, reason, self._last_elbo())
+                self._cut = _Cut(Call(args, kwargs), (*options, len(self.history)), first, GeneratorStates())
+            raise
+
+    def _last_elbo(self) -> float:
+        return sum(self.history[-100:]) / len(self.history[-100:])
+
+    def _ended(self, args: tuple, kwargs: Mapping[str, Any], converged: bool, reason: str, elbo: float) -> GuideFit:
+        history = list(self.history)
         self._fit = GuideFit(
-            self.guide, self.model, args, kwargs, elbo, self.history, converged, reason, len(self.history)
+            self.guide, self.model, args, kwargs, elbo, history, converged, reason, len(history), self.elbo_kind
         )
+        self._cut = None
         return self._fit
 
     def posterior(self) -> GuideFit:

@@ -9,25 +9,26 @@ from typing import Any
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent
+from pyro_blr.attempts import Attempts
 from pyro_blr.autoguides import read_guide
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import check_loss_of_data, check_plates, check_same_block, check_same_sites
 from pyro_blr.compilation import CompiledSteps
 from pyro_blr.diagnostics import linear_response
 from pyro_blr.explain import Explanation
-from pyro_blr.gradients import (
-    GuideFit,
-    OrdinaryGradients,
-    ParameterUpdate,
-    check_loss,
-    check_optim,
-    reason_of,
-)
+from pyro_blr.gradients import GuideFit, OrdinaryGradients, ParameterUpdate, reason_of
 from pyro_blr.guides import AutoExponentialFamily
+from pyro_blr.interrupts import patient, patiently, uninterrupted
 from pyro_blr.mixed import guide_fit
 from pyro_blr.posterior import Posterior
 from pyro_blr.program import Program, Programs
-from pyro_blr.requests import check_callable_guide, check_run_arguments, refuse_without_blocks
+from pyro_blr.requests import (
+    check_callable_guide,
+    check_loss,
+    check_optim,
+    check_run_arguments,
+    refuse_without_blocks,
+)
 from pyro_blr.running import isolated_random_state
 from pyro_blr.runs import Run
 from pyro_blr.searches import other_optima
@@ -98,6 +99,7 @@ class BLRInference:
         self._observed: set[str] = set()
         self._bound: tuple[Program, float] | None = None
         self._settled: Program | None = None
+        self._attempts: Attempts | None = None  # a run that was cut short
         self._ready = False
         self._num_steps = 0
         self._history: list[float] = []
@@ -106,6 +108,7 @@ class BLRInference:
 
     # -- SVI's face ---------------------------------------------------------------------------------------------------
 
+    @patiently
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One sweep over all blocks; returns minus the ELBO before it, as `SVI.step` does."""
         ordinary = self._settle(args, kwargs)
@@ -133,27 +136,23 @@ class BLRInference:
                 self._settled = program
             elif self._num_steps == _PATIENCE:
                 self._settle_down(program)
-            self._parameters.step(program, ascent)  # last: nothing after it can fail
+            with uninterrupted():  # last: nothing after it can fail
+                self._parameters.step(program, ascent)
+                state.done()
         return loss
 
     def _settle_down(self, program: Program) -> None:
         """Draws on full data: a script that goes on for thousands of steps gets its optimum now, and pays no more for it."""
         if program.is_exact or program.is_subsampled or self._parameters.found(program):
             return
-        run = Run(
-            self._ascent(program),
-            self._commit,
-            max_steps=100,
-            tol=1e-3,
-            progress=False,
-            first_step=self._num_steps,
-        )
+        run = self._run_from_here(program, max_steps=100, tol=1e-3, progress=False)
         run.go(lambda: self._ascent(program), self._parameters)
         self._commit(run.ascent)
         self._history[-1] = run.elbo
         if run.converged:
             self._settled, self._outcome = program, run.outcome()
 
+    @patiently
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Minus the ELBO; changes nothing."""
         ordinary = self._settle(args, kwargs)
@@ -162,6 +161,7 @@ class BLRInference:
         with NothingKept(self):
             return -self._ascent(self._program(args, kwargs)).bound_before()
 
+    @patiently
     def run(
         self,
         *args: Any,
@@ -173,6 +173,9 @@ class BLRInference:
     ) -> Posterior | GuideFit:
         """Steps until the bound has converged to `tol` nats, and returns the posterior.
 
+        A run that is cut short (Ctrl-C, an error in the model) leaves the posterior of its last whole sweep; the same call goes on
+        from there, and ends bit for bit where it would have ended.  Ctrl-C waits for the end of a sweep, a second one does not.
+
         Args:
             max_steps: sweeps at most.
             tol: nats: an exact bound stops when its extrapolated remaining gain stays below it for ten sweeps.
@@ -183,32 +186,21 @@ class BLRInference:
         ordinary = self._settle(args, kwargs)
         if ordinary is not None:
             return ordinary.run(args, kwargs, max_steps=max_steps, tol=tol, progress=progress)
-        with AllOrNothing(self) as state:
-            program = self._program(args, kwargs)
+        options = max_steps, tol, num_restarts
+        with patient() as check, AllOrNothing(self) as state:
+            attempts = self._attempts
+            program = attempts.resumed(args, kwargs, options) if attempts is not None else None
+            if attempts is None or program is None:
+                attempts, program = Attempts(self, args, kwargs, options), self._program(args, kwargs)
             state.also(self._parameters.saved(program))
-            runs: list[Run] = []
-            for restart in range(num_restarts):
-                if restart > 0 or num_restarts > 1:
-                    self._start(program, restart)
-                run = Run(
-                    self._ascent(program),
-                    self._commit,
-                    max_steps=max_steps,
-                    tol=tol,
-                    progress=progress,
-                    first_step=self._num_steps,
-                    given=self._given(program),
-                )
-                run.go(lambda: self._ascent(self._program(args, kwargs)), self._parameters)
-                runs.append(run)
-            best = max(runs, key=lambda run: run.elbo)
-            self._commit(best.ascent)
-            self._num_steps += best.num_steps
-            self._history += best.history
-            self._outcome = best.outcome(runs if num_restarts > 1 else ())
-            self._call = (args, kwargs)
+            attempts.go(program, progress, state, check)
         return self.posterior
 
+    def _run_from_here(self, program: Program, **options: Any) -> Run:
+        first, given = self._num_steps, self._given(program)
+        return Run(self._ascent(program), first_step=first, given=given, **options)
+
+    @patiently
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Which (factor, site) pairs are exact, how, and why the others are not; leaves torch's generator untouched."""
         ordinary = self._settle(args, kwargs)
@@ -259,7 +251,7 @@ class BLRInference:
             else:
                 check_plates(self.model, self.guide, args, kwargs)
         if self._ordinary is None and self._q.refresh():  # somebody else moved the guide's parameters
-            self._bound = self._settled = None
+            self._bound = self._settled = self._attempts = None
         return self._ordinary
 
     def _program(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
@@ -328,7 +320,7 @@ class BLRInference:
         return ascent
 
     def _commit(self, ascent: Ascent) -> None:
-        self._bound = self._settled = None
+        self._bound = self._settled = self._attempts = None
         program = ascent.program
         subsamples = program.graph.subsamples
         self._q.naturals = {

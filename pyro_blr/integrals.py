@@ -140,6 +140,15 @@ class FactorIntegral:
         """Nats by which derivatives may disagree with differences of values: they are averages of their own at random points."""
         return self.error or 0.0 if self.rows is not None else 0.0
 
+    def saved(self) -> Callable[[], None]:
+        """What puts points and errors back as they are now."""
+        state = self.points, self.error, self._last, self._afresh
+
+        def restore() -> None:
+            self.points, self.error, self._last, self._afresh = state
+
+        return restore
+
     def refine(self) -> bool:
         """Takes four times as many points from now on, if that is worth while; whether it is."""
         if self._afresh is None or self._last is None:

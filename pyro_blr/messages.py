@@ -76,6 +76,10 @@ class Messages:
         """More random points from now on where that is worth while; whether it is anywhere."""
         return any([integral.refine() for integral in self._integrals])
 
+    def saved(self) -> list[Callable[[], None]]:
+        """What puts the integrals' points and errors back as they are now."""
+        return [integral.saved() for integral in self._integrals]
+
     @property
     def _integrals(self) -> list[FactorIntegral]:
         return [average.integral for average in self.averages.values() if average.integral is not None]

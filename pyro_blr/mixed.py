@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import check_same_block, check_same_sites
 from pyro_blr.explain import Explanation
 from pyro_blr.gradients import OrdinaryGradients, check_guide, unconstrained
+from pyro_blr.interrupts import undone_by, uninterrupted
 from pyro_blr.parameters import remembered
 from pyro_blr.points import ordinary_fit
 from pyro_blr.program import Program, Programs
@@ -160,7 +160,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         trace = poutine.Trace()
         trace.add_node("site", **{**node, "name": "site"})
         traces.append(trace)
-    return same_run(*traces)
+    return same_run(traces[0], traces[1])
 
 
 class MixedFit(OrdinaryGradients):
@@ -197,29 +197,21 @@ class MixedFit(OrdinaryGradients):
         self._q.check(partial(first_targets, program, self._q.naturals))
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        with self._all_or_nothing():
-            loss, leaves = self.gradient(args, kwargs)
-            naturals = self._natural_step(args, kwargs)
-            self._q.naturals = naturals
-        self.move([leaf for leaf in leaves.values() if id(leaf) not in self._own()])
-        pyro.infer.util.zero_grads(leaves.values())
-        self.has_run, self._count = True, self._count + 1
-        self.history.append(-loss)
-        return loss
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """What fails inside leaves λ, parameters, programs and generators as they were."""
+        generators = pyro.util.get_rng_state()
         undo = [self._q.saved(), self._programs.saved(), self._programs.learnt()]
-        generators, seen = pyro.util.get_rng_state(), self._seen
-        try:
-            yield
-        except BaseException:
-            self._seen = seen
-            for restore in undo:
-                restore()
-            pyro.util.set_rng_state(generators)
-            raise
+        undo += [partial(setattr, self, "_seen", self._seen), partial(pyro.util.set_rng_state, generators)]
+        with undone_by(*undo) as pending:
+            loss, leaves = self.gradient(args, kwargs)
+            pending.append(partial(pyro.infer.util.zero_grads, leaves.values()))
+            naturals = self._natural_step(args, kwargs)
+            with uninterrupted():
+                self._q.naturals = naturals
+                pending.clear()
+                self.move([leaf for leaf in leaves.values() if id(leaf) not in self._own()])
+                pyro.infer.util.zero_grads(leaves.values())
+                self.has_run, self._count = True, self._count + 1
+                self.history.append(-loss)
+        return loss
 
     # -- natural gradients ---------------------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pyro
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from pyro_blr.explain import Explanation
 from pyro_blr.gradients import GuideFit, OrdinaryGradients, check_guide
+from pyro_blr.interrupts import patient, undone_by, uninterrupted
 from pyro_blr.running import isolated_random_state, unwrap
 
 __all__ = ["PointFit", "ordinary_fit"]
@@ -70,33 +73,55 @@ class PointFit(OrdinaryGradients):
         self.decrement = float("inf")
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        if self._is_random is None:
-            check_guide(self.model, self.guide, args, kwargs)
-            self._is_random = self._has_noise(args, kwargs)
-            self._mine = {id(leaf) for leaf in self._leaves(args, kwargs)[0]}
+        self._ready(args, kwargs)
         if self._is_random or not self._mine:
             return super().step(*args, **kwargs)
 
         def objective() -> Any:
             return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
 
-        with poutine.trace(param_only=True) as params:
-            value = objective()
-        found = _unconstrained(params.trace)
-        leaves = [leaf for leaf in found if id(leaf) in self._mine]
-        others = [leaf for leaf in found if id(leaf) not in self._mine]
-        if len(leaves) != len(self._mine):  # the store was cleared or loaded: other tensors have their place
-            leaves, others = self._leaves(args, kwargs)
-            self._mine = {id(leaf) for leaf in leaves}
-        held = [(leaf, leaf.detach().clone()) for leaf in leaves]
-        try:
+        with undone_by(partial(pyro.util.set_rng_state, pyro.util.get_rng_state())) as pending:
+            with poutine.trace(param_only=True) as params:
+                value = objective()
+            found = _unconstrained(params.trace)
+            leaves = [leaf for leaf in found if id(leaf) in self._mine]
+            others = [leaf for leaf in found if id(leaf) not in self._mine]
+            if len(leaves) != len(self._mine):  # the store was cleared or loaded: other tensors have their place
+                leaves, others = self._leaves(args, kwargs)
+                self._mine = {id(leaf) for leaf in leaves}
+            pending.append(self._saved(leaves))
             loss = self._descend(leaves, others, value, objective)
-        except BaseException:
-            _put_back(held)
-            raise
-        self.has_run = True
-        self.history.append(-loss)
+            with uninterrupted():
+                pending.clear()
+                if others:
+                    self.move(others)
+                    self._inverse = None  # another function from now on
+                self.has_run = True
+                self.history.append(-loss)
         return loss
+
+    def _ready(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """The first time: the guide is checked, its loss for noise, and which parameters are its own."""
+        if self._is_random is None:
+            check_guide(self.model, self.guide, args, kwargs)
+            is_random = self._has_noise(args, kwargs)
+            self._mine = {id(leaf) for leaf in self._leaves(args, kwargs)[0]}
+            self._is_random = is_random
+
+    def _saved(self, leaves: list[Tensor]) -> Callable[[], None]:
+        """What puts the point, and what is remembered of its surroundings, back as they are now."""
+        held = [(leaf, leaf.detach().clone()) for leaf in leaves]
+        known = self._inverse, self.decrement, self._quasi
+        memory = deepcopy(self._quasi.state_dict()) if self._quasi is not None else None
+
+        def restore() -> None:
+            _put_back(held)
+            pyro.infer.util.zero_grads(leaves)
+            self._inverse, self.decrement, self._quasi = known
+            if self._quasi is not None and memory is not None:
+                self._quasi.load_state_dict(memory)
+
+        return restore
 
     def _has_noise(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
         losses = []
@@ -137,10 +162,6 @@ class PointFit(OrdinaryGradients):
             self._quasi_newton(leaves, objective)
         elif not self._is_done(gradient.detach(), loss):
             self._newton(leaves, gradient, loss, objective)
-        if others:
-            self.svi.optim(others)
-            pyro.infer.util.zero_grads(others)
-            self._inverse = None  # another function from now on
         return loss
 
     def _is_done(self, gradient: Tensor, loss: float) -> bool:
@@ -196,30 +217,28 @@ class PointFit(OrdinaryGradients):
     # -- runs and words --------------------------------------------------------------------------------------------------
 
     def run(self, args: tuple, kwargs: Mapping[str, Any], *, max_steps: int, tol: float, progress: bool) -> GuideFit:
-        self.step(*args, **kwargs)
+        self._ready(args, kwargs)
         leaves, others = self._leaves(args, kwargs)
         if self._is_random or others or not leaves:
             return super().run(args, kwargs, max_steps=max_steps, tol=tol, progress=progress)
-        converged = False
-        for _ in range(max_steps - 1):
-            if converged := self.decrement < 1e-3 * tol:
-                break
-            self.step(*args, **kwargs)
+        with patient() as check, self._goes_on(args, kwargs, (max_steps, tol)) as first:
+            while len(self.history) == first or (
+                self.decrement >= 1e-3 * tol and len(self.history) - first < max_steps
+            ):
+                self.step(*args, **kwargs)
+                check()
+            elbo = -self.evaluate_loss(*args, **kwargs)
+        converged = self.decrement < 1e-3 * tol
         reason = "Newton's method has nothing left to gain" if converged else f"max_steps={max_steps} reached"
-        elbo = -self.evaluate_loss(*args, **kwargs)
-        self._fit = GuideFit(
-            self.guide,
-            self.model,
-            args,
-            kwargs,
-            elbo,
-            self.history,
-            converged,
-            reason,
-            len(self.history),
-            "log density at a point",
-        )
-        return self._fit
+        return self._ended(args, kwargs, converged, reason, elbo)
+
+    @property
+    def elbo_kind(self) -> str:  # type: ignore[override]
+        """What the ELBO of a run is."""
+        return "estimate ± standard error" if self._is_random else "log density at a point"
+
+    def _last_elbo(self) -> float:
+        return super()._last_elbo() if self._is_random else self.history[-1]
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         plain = super().explain(*args, **kwargs)

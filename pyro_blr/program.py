@@ -22,7 +22,7 @@ from pyro_blr.messages import Messages
 from pyro_blr.plans import PROVED, FactorPlan
 from pyro_blr.predictors import with_quadrature
 from pyro_blr.running import generic_value, run_model, run_sharing, subsample_values
-from pyro_blr.sameness import Written, same_run, writes_into
+from pyro_blr.sameness import Call, Written, same_run, writes_into
 from pyro_blr.sharing import treats_elements_alike
 
 __all__ = ["Program", "Programs"]
@@ -126,6 +126,7 @@ class Programs:
         self.model, self.blocks = model, blocks
         self._chosen: tuple[frozenset[str], Grouping] | None = None  # under `"auto"`, for these sites
         self._last: Program | None = None
+        self._call: Call | None = None  # the arguments of its run
         self._judged: dict[Any, tuple[Mapping[str, FactorPlan], _Latents, _Latents]] = {}
         self._generic: dict[str, tuple[Tensor, int]] = {}  # with the writes into it when it was made
         self._orders: dict[Any, dict[str, int]] = {}
@@ -134,15 +135,18 @@ class Programs:
     def run(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """The program of the model's run on these arguments; draws subsample indices from torch's generator."""
         trace = self._trace(args, kwargs)
-        if self._last is not None and not self._last.written and same_run(self._last.trace, trace):
-            return self._last
+        if self._last is not None and not self._last.written:
+            repeated = self._call is not None and self._call.is_repeated(args, kwargs)
+            if same_run(self._last.trace, trace, asked=repeated):
+                self._call = Call(args, kwargs)
+                return self._last
         program = self._understand(trace, args, kwargs)
         if program is None:  # one state for all elements is not what the program says: from now on a state an element
             self._shares = False
             trace = run_model(self.model, args, kwargs, self._choose, subsample_values(trace))
             program = self._understand(trace, args, kwargs)
         assert program is not None
-        self._last = program
+        self._last, self._call = program, Call(args, kwargs)
         return program
 
     def learnt(self) -> Callable[[], None]:
@@ -158,10 +162,10 @@ class Programs:
 
     def saved(self) -> Callable[[], None]:
         """What makes the present program the last one again."""
-        last = self._last
+        last, call = self._last, self._call
 
         def restore() -> None:
-            self._last = last
+            self._last, self._call = last, call
 
         return restore
 

@@ -6,7 +6,31 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-__all__ = ["check_callable_guide", "check_run_arguments", "refuse_without_blocks"]
+import pyro
+from pyro.infer import (
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from pyro.infer.elbo import ELBO
+
+__all__ = ["check_callable_guide", "check_loss", "check_optim", "check_run_arguments", "refuse_without_blocks"]
+
+_LOSSES = (
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    JitTrace_ELBO,
+    JitTraceMeanField_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+)
 
 
 def check_callable_guide(guide: Any) -> None:
@@ -45,3 +69,28 @@ def check_run_arguments(model: Callable, max_steps: int, tol: float, num_restart
         raise ValueError(f"tol: found {tol}, expected a positive number of nats")
     if num_restarts < 1:
         raise ValueError(f"num_restarts: found {num_restarts}, expected at least 1")
+
+
+def check_loss(loss: Any) -> None:
+    """Raises for a loss that has no meaning here."""
+    if loss is None or type(loss) in _LOSSES:
+        return
+    expected = "Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO or TraceGraph_ELBO (or leave loss out)"
+    if isinstance(loss, type) and issubclass(loss, ELBO):
+        raise TypeError(f"loss: found the class {loss.__name__}, expected an instance; write {loss.__name__}()")
+    if isinstance(loss, ELBO):
+        reason = "it is another objective than the ELBO, whose natural gradient the learning rule follows"
+    elif callable(loss):
+        reason = "a bare function does not say which factors it sums, so no message can be read from it"
+    else:
+        reason = "it is no ELBO"
+    raise TypeError(f"loss: found {type(loss).__name__}, expected {expected}: {reason}")
+
+
+def check_optim(optim: Any) -> None:
+    """Raises for an optimiser that is none of Pyro's."""
+    if optim is not None and not isinstance(optim, pyro.optim.PyroOptim):
+        raise TypeError(
+            f"optim: found {type(optim).__name__}, expected one of pyro.optim's (such as pyro.optim.Adam({{'lr': 0.01}})), or None. "
+            "Wrap a torch optimiser in pyro.optim.PyroOptim"
+        )

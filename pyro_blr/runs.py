@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,17 +11,22 @@ from tqdm.auto import tqdm
 
 from pyro_blr.accuracy import ERROR, MonteCarloError, Optima
 from pyro_blr.ascent import Ascent
+from pyro_blr.beliefs import Beliefs
 from pyro_blr.climbs import Climb, climb, moved_nats
 from pyro_blr.diagnostics import Restart
 from pyro_blr.draws import Draws, fresh_seed
+from pyro_blr.estimators import standard_error
+from pyro_blr.generators import GeneratorStates
 from pyro_blr.gradients import ParameterUpdate
+from pyro_blr.halts import Halt
+from pyro_blr.interrupts import uninterrupted
 from pyro_blr.newton import newton_start
 from pyro_blr.program import Program
 from pyro_blr.renewal import renewed
 from pyro_blr.steps import take_step
 from pyro_blr.stopping import has_levelled, remaining_gain
 
-__all__ = ["Run"]
+__all__ = ["Run", "is_stochastic"]
 
 CALM_SWEEPS = 10  # consecutive sweeps that the remaining gain must stay small for
 LEVELS = (64, 256, 1024, 4096, 16384)  # draws; each level starts from the optimum of the one before
@@ -31,13 +37,29 @@ CLIMB = 5e-5  # nats that a climb on fixed draws may end from its optimum: 0.01 
 LEVEL_STEPS = 100  # sweeps at most on every level
 
 
+@dataclass(frozen=True)
+class Place:
+    """How far a run has come, besides q and the bounds so far: what its next sweep needs."""
+
+    has_started: bool = False
+    calm: int = 0  # exact sweeps in a row after which little was left to gain
+    seed: int = 0  # of the draws
+    level: int = 0
+    before: Beliefs | None = None  # q where the level began
+    optima: Optima = field(default_factory=Optima)
+    tol: float = 0.0  # of the present climb
+    halt: Halt | None = None
+
+
 class Run:
-    """One ascent from one start, and why it ended."""
+    """One ascent from one start, and why it ended.
+
+    After every sweep it is kept as it is; what cuts a sweep short takes it back there, and `go` goes on from there.
+    """
 
     def __init__(
         self,
         ascent: Ascent,
-        commit: Callable[[Ascent], None],
         *,
         max_steps: int,
         tol: float,
@@ -46,14 +68,21 @@ class Run:
         given: Collection[str] = (),
     ):
         self.ascent, self.max_steps, self.tol, self.first_step = ascent, max_steps, tol, first_step
-        self.commit, self.given = commit, given
+        self.commit: Callable[[Ascent], None] = lambda ascent: None  # told of every step on a new run of the model
+        self.given = given
+        self.check: Callable[[], None] = lambda: None  # raises an interrupt that waits for the end of a sweep
         self.history: list[float] = []
-        self.num_steps, self.converged, self.stop_reason = 0, False, ""
-        self._bar = tqdm(total=max_steps, disable=not progress, leave=False)
+        self.converged, self.stop_reason, self.is_over = False, "", False
+        self.place, self._progress = Place(), progress
+        self._keep(GeneratorStates())
 
     @property
     def program(self) -> Program:
         return self.ascent.program
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.history)
 
     @property
     def elbo(self) -> float:
@@ -72,10 +101,18 @@ class Run:
             "stop_reason": self.stop_reason,
         }
 
+    def unfinished(self, reason: str) -> dict[str, Any]:
+        """The same where it was cut short, of what is at hand."""
+        halt, ascent = self.place.halt, self.ascent
+        error = standard_error(halt.values) if halt is not None and halt.values is not None else ascent.bound_se
+        known: dict[str, Any] = {"elbo": self.history[-1], "elbo_kind": ascent.bound_kind, "elbo_se": error}
+        return known | {"converged": False, "stop_reason": reason}
+
     def go(self, again: Callable[[], Ascent], parameters: ParameterUpdate) -> None:
         """Runs to the end; `again` runs the model once more (minibatches, changed parameters)."""
+        self._bar = tqdm(total=self.max_steps, initial=self.num_steps, disable=not self._progress, leave=False)
         try:
-            if self.program.is_subsampled or parameters.found(self.program):
+            if is_stochastic(self.program, parameters):
                 self._stochastic(again, parameters)
             elif self.program.is_exact:
                 self._exact()
@@ -87,34 +124,51 @@ class Run:
             self._bar.close()
         if not self.converged and not self.stop_reason:
             self.stop_reason = f"max_steps={self.max_steps} reached before the bound converged"
+        self.is_over = True
 
-    def _tick(self, bound: float) -> None:
+    def rewind(self) -> None:
+        """Back to where the last whole sweep ended, generators too."""
+        self.place, self.ascent, restore, steps, generators = self._kept
+        restore()
+        del self.history[steps:]
+        self.converged, self.stop_reason = False, ""
+        generators.restore()
+
+    @property
+    def kept_steps(self) -> int:
+        """Whole sweeps, which nothing takes away."""
+        return self._kept[3]
+
+    def _keep(self, generators: GeneratorStates) -> None:
+        self._kept = self.place, self.ascent, self.ascent.saved(), len(self.history), generators
+
+    def _tick(self, bound: float, halt: Halt | None = None, calm: int = 0, draws: bool = True) -> None:
+        """The end of a sweep: from here on it is not lost.  What `draws` nothing leaves the generators alone, whose state is dear."""
         self.history.append(bound)
-        self.num_steps += 1
+        self.place = replace(self.place, halt=halt, calm=calm)
+        self._keep(GeneratorStates() if draws else self._kept[-1])
         self._bar.update(1)
         if self.num_steps % 10 == 0:
             self._bar.set_postfix(elbo=f"{bound:.4f}", refresh=False)
+        self.check()
 
     # -- exact -----------------------------------------------------------------------------------------------
 
     def _exact(self) -> None:
-        calm, single = 0, self.ascent.bound_kind == "exact evidence"
-        if self.first_step == 0 and self.given:
+        single = self.ascent.bound_kind == "exact evidence"
+        if self.first_step == self.num_steps == 0 and self.given:
             renewed(self.ascent, self.given)
-        while self.num_steps < self.max_steps:
-            before = self.history[-1] if self.history else None
+        while self.num_steps < self.max_steps and not (single and self.history) and self.place.calm < CALM_SWEEPS:
             self.ascent.sweep()
             bound = self.ascent.bound_before()
-            self._tick(bound)
-            if single:
-                self._stop("one exact update: the posterior is exact")
-                return
-            if before is not None:
-                self._refuse_fall(before, bound)
-            calm = calm + 1 if remaining_gain(self.history) < self.tol else 0
-            if calm >= CALM_SWEEPS:
-                self._stop(f"the bound's remaining gain stayed below tol={self.tol:g} nats for {CALM_SWEEPS} sweeps")
-                return
+            if self.history:
+                self._refuse_fall(self.history[-1], bound)
+            gain = remaining_gain([*self.history[-2:], bound])
+            self._tick(bound, draws=False, calm=self.place.calm + 1 if gain < self.tol else 0)
+        if single:
+            self._stop("one exact update: the posterior is exact")
+        elif self.place.calm >= CALM_SWEEPS:
+            self._stop(f"the bound's remaining gain stayed below tol={self.tol:g} nats for {CALM_SWEEPS} sweeps")
 
     def _refuse_fall(self, before: float, bound: float) -> None:
         coarse = any(block.dtype == torch.float32 for block in self.program.blocks.values())
@@ -133,14 +187,15 @@ class Run:
 
     def _integrated(self) -> None:
         """Newton-like steps on a bound without noise, from a mode."""
-        if self.first_step == 0:
-            newton_start(self.ascent)
+        self._start()
         tol = min(self.tol, 1e-6)
         while True:  # climbs on few random points go as far as these can tell
-            noise = self.program.messages.quadrature_noise
-            climbed = climb(self.ascent, None, max(tol, 0.01 * noise), self.max_steps - self.num_steps, self._tock)
+            if self.place.halt is None:
+                self.place = replace(self.place, tol=max(tol, 0.01 * self.program.messages.quadrature_noise))
+            climbed = climb(self.ascent, None, self.place.tol, self._limit(), self._tick, self.place.halt)
             if not climbed.converged or self.num_steps >= self.max_steps or not self.program.messages.refine():
                 break
+            self.place = replace(self.place, halt=None)
         if climbed.converged:
             self._stop(f"the remaining distance to the optimum of the bound is below {tol:g} nats")
         elif self.num_steps < self.max_steps:
@@ -148,21 +203,34 @@ class Run:
             self.ascent.refuse_improper(0, 0, settled=False)
         self.ascent.bound_before()
 
+    def _start(self) -> None:
+        """Once: a seed where one is needed, and Newton's method from where the first of all sweeps begins."""
+        if self.place.has_started:
+            return
+        seed = 0 if self.program.is_deterministic else fresh_seed()
+        if self.first_step == 0:
+            newton_start(self.ascent)
+        self.place = replace(self.place, has_started=True, seed=seed, before=self.ascent.beliefs)
+
+    def _limit(self) -> int:
+        """Sweeps that the present climb may have, those behind it included."""
+        return self.max_steps - self.num_steps + (self.place.halt.number if self.place.halt is not None else 0)
+
     # -- sampled ---------------------------------------------------------------------------------------------
 
     def _sampled(self) -> None:
         """Newton-like steps on draws that stay fixed, four times as many draws at every level, until these no
         longer matter: to the bound, and to any mean or sd.
         """
-        seed, tol = fresh_seed(), max(self.tol, 1e-6)
-        if self.first_step == 0:
-            newton_start(self.ascent)
+        self._start()
+        tol = max(self.tol, 1e-6)
         replayed = any(plan.replayed for plan in self.program.plans.values())
         levels = REPLAYED_LEVELS if replayed else self._affordable()
-        optima, failed = Optima(), ""
-        for level, size in enumerate(levels):
-            before = self.ascent.beliefs
-            climbed = climb(self.ascent, Draws(seed + level, size), min(tol, CLIMB), LEVEL_STEPS, self._tock)
+        failed = ""
+        for level in range(self.place.level, len(levels)):
+            size, draws, limit = levels[level], Draws(self.place.seed + level, levels[level]), self._limit()
+            climbed = climb(self.ascent, draws, min(tol, CLIMB), min(LEVEL_STEPS, limit), self._tick, self.place.halt)
+            optima, before = self.place.optima.copy(), self.place.before or self.ascent.beliefs
             optima.add(self.ascent.beliefs, size)
             if self.num_steps >= self.max_steps and not climbed.converged:
                 failed = ""
@@ -177,10 +245,11 @@ class Run:
                 break
             if self.num_steps >= self.max_steps:
                 break
+            self.place = replace(self.place, level=level + 1, before=self.ascent.beliefs, optima=optima, halt=None)
         self.stop_reason = self.stop_reason or failed
         many = min(levels[-1], ENOUGH)
         if self.num_steps < self.max_steps:
-            self.ascent.refuse_improper(seed, many, self.converged)
+            self.ascent.refuse_improper(self.place.seed, many, self.converged)
         self.ascent.measure(Draws(fresh_seed(), many))
 
     def _affordable(self) -> tuple[int, ...]:
@@ -193,31 +262,33 @@ class Run:
         cost = messages.elements(factors) * max((self.program.blocks[name].num_directions for name in drawn), default=1)
         return LEVELS[:1] + (tuple(size for size in LEVELS[1:] if size * cost <= WORK) or LEVELS[:1])
 
-    def _tock(self, bound: float) -> bool:
-        self._tick(bound)
-        return self.num_steps < self.max_steps
-
     # -- minibatches and parameters --------------------------------------------------------------------------
 
     def _stochastic(self, again: Callable[[], Ascent], parameters: ParameterUpdate) -> None:
         """Steps on fresh runs of the model, until the running mean of the bound has stopped rising beyond its
         noise.
         """
-        window = 50
-        for number in range(self.max_steps):
-            take_step(self.ascent, self.first_step + number)
-            self.commit(self.ascent)
-            parameters.step(self.program, self.ascent)
-            self._tick(self.ascent.bound_before())
-            if number + 1 < self.max_steps:
-                self.ascent = again()
-            if (
-                self.num_steps >= 4 * window
-                and self.num_steps % 10 == 0
-                and has_levelled(self.history, window, self.tol)
-            ):
-                self._stop(f"the running mean of the bound over {window} steps no longer rises beyond its noise")
+        while not self._has_levelled(window := 50):
+            if self.num_steps >= self.max_steps:
                 return
+            if self.history:
+                self.ascent = again()
+            take_step(self.ascent, self.first_step + self.num_steps)
+            bound = self.ascent.bound_before()
+            with uninterrupted():  # q, parameters and what is kept of the run belong together
+                parameters.step(self.program, self.ascent)
+                self.commit(self.ascent)
+                self._tick(bound)
+        self._stop(f"the running mean of the bound over {window} steps no longer rises beyond its noise")
+
+    def _has_levelled(self, window: int) -> bool:
+        is_due = self.num_steps >= 4 * window and self.num_steps % 10 == 0
+        return is_due and has_levelled(self.history, window, self.tol)
+
+
+def is_stochastic(program: Program, parameters: ParameterUpdate) -> bool:
+    """Whether steps run the model anew: minibatches, or parameters that move."""
+    return program.is_subsampled or bool(parameters.found(program))
 
 
 def _unfinished(climbed: Climb, error: MonteCarloError, size: int, tol: float) -> str:

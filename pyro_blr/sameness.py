@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.distributions.utils import lazy_property
 
 __all__ = ["Call", "Written", "same_run", "writes_into"]
 
@@ -95,10 +96,11 @@ def _tensors(item: Any) -> Iterator[Tensor]:
         yield from _tensors(_contents(item))
 
 
-def same_run(one: poutine.Trace, other: poutine.Trace) -> bool:
+def same_run(one: poutine.Trace, other: poutine.Trace, asked: bool = False) -> bool:
     """Whether two plain runs at the same latents made the same statements with equal arguments and data.
 
-    The latents are generic, so that equal arguments mean equal inputs: whatever was computed from the first run still holds.
+    The latents are generic, so that equal arguments mean equal inputs: whatever was computed from the first run still holds.  With
+    `asked`, what a distribution of the first was asked for since (logits of probs) does not count.
     """
     if list(one.nodes) != list(other.nodes):
         return False
@@ -110,12 +112,12 @@ def same_run(one: poutine.Trace, other: poutine.Trace) -> bool:
             return False
         if node["type"] in ("sample", "param"):
             keys = ("fn", "value", "scale", "mask", "cond_indep_stack") if node["type"] == "sample" else ("value",)
-            if not all(_same(node[key], mate[key]) for key in keys):
+            if not all(_same(node[key], mate[key], asked) for key in keys):
                 return False
     return True
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Any, b: Any, asked: bool = False) -> bool:
     if a is b:
         return True
     if type(a) is not type(b):
@@ -123,10 +125,12 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(_equal_values(a, b))
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_same(x, y, asked) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_same(a[key], b[key], asked) for key in a)
     if isinstance(a, (torch.distributions.Distribution, torch.distributions.Transform)):
+        if asked:
+            return _same_origin(a, b)
         return _same(_contents(a), _contents(b))
     if isinstance(a, _Subsample):
         return (a.size, a.subsample_size) == (b.size, b.subsample_size)
@@ -137,6 +141,14 @@ def _same(a: Any, b: Any) -> bool:
 
 def _contents(item: Any) -> dict:
     return {key: value for key, value in vars(item).items() if not key.startswith("_cached") and key != "_inv"}
+
+
+def _same_origin(first: Any, second: Any) -> bool:
+    """Whether two objects of a class were made of the same, whatever the first was asked for since."""
+    a, b = _contents(first), _contents(second)
+    more = [key for key in a if key not in b]
+    lazy = all(isinstance(getattr(type(first), key, None), lazy_property) for key in more)
+    return lazy and b.keys() <= a.keys() and all(_same(a[key], b[key], asked=True) for key in b)
 
 
 def _equal_values(a: Tensor, b: Tensor) -> bool:

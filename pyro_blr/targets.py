@@ -31,8 +31,8 @@ class Targets:
     def __init__(self, messages: Messages, orders: dict[str, int] | None = None):
         self.messages, self.blocks = messages, messages.blocks
         self._orders = {} if orders is None else orders
-        self._controls: dict[str, dict[str, Tensor]] = {}
-        self._hessians: dict[str, Tensor] = {}  # of factorised Gaussian blocks whose elements interact
+        self.controls: dict[str, dict[str, Tensor]] = {}  # the last messages from draws
+        self.hessians: dict[str, Tensor] = {}  # of factorised Gaussian blocks whose elements interact
         self._every = tuple(dict.fromkeys(b for plan in messages.plans.values() for b in plan.sampled))
 
     def exact(self, name: str, beliefs: Beliefs) -> Tensor:
@@ -116,12 +116,12 @@ class Targets:
             self.narrowed(name, beliefs) if draws.size == 0 and is_gaussian(self.blocks[name].family) else beliefs
         ).wide
         message = self.messages.exact_message(name, natural, wide).to(natural.dtype)
-        self._hessians.pop(name, None)
+        self.hessians.pop(name, None)
         message = message + self.sampled_message(name, beliefs, draws).to(natural.dtype)
         target = self._share(name, natural, message)
-        if name not in self._hessians:
+        if name not in self.hessians:
             return target
-        hessian = self._hessians[name] / self.blocks[name].scale
+        hessian = self.hessians[name] / self.blocks[name].scale
         return moved_together(self.blocks[name].family, beliefs.wide[name]["mean"], target, hessian)
 
     def sampled_message(self, name: str, beliefs: Beliefs, draws: Draws) -> Tensor:
@@ -186,13 +186,13 @@ class Targets:
             gradients = bonnet_price(
                 function, beliefs.moments[name], mine, others, draws.seed, elements, twice=order == 2
             )
-            self._controls[name] = gradients
+            self.controls[name] = gradients
             if "hessian" in gradients:
-                self._hessians[name] = gradients["hessian"]
+                self.hessians[name] = gradients["hessian"]
             return block.family.message(natural, {key: g.double() for key, g in gradients.items()})
         path = draws.path(self.blocks, name, beliefs, self._every)
         message = reparameterised(function, block.family, natural, path, others, elements, mine.dtype)
-        self._controls[name] = {"statistics": message}
+        self.controls[name] = {"statistics": message}
         return message
 
     def _discrete_message(
@@ -250,7 +250,7 @@ class Targets:
             if block.log_jacobian(leaf[0]) is not None:
                 jacobian = batched(lambda u, _, block=block: block.log_jacobian(u).sum(dtype=torch.float64), leaf, {})
                 values = values + block.scale * jacobian
-            if controlled and name in self._controls:
+            if controlled and name in self.controls:
                 values = values - self._control(name, beliefs, leaf)
         return values
 
@@ -258,7 +258,7 @@ class Targets:
         """⟨m, T(u) − μ⟩ for stacked draws, (S,); a Gaussian's in differences from its mean, ∇_m·δ + δᵀ ∇_V δ
         − tr(∇_V V).
         """
-        control, moments = self._controls[name], beliefs.moments[name]
+        control, moments = self.controls[name], beliefs.moments[name]
         if "statistics" in control:
             family, natural = self.blocks[name].family, beliefs.naturals[name]
             spread = family.sufficient_statistics(leaf.to(natural.dtype)) - family.to_expectation(natural)

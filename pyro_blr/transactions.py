@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyro_blr.generators import GeneratorStates
+from pyro_blr.interrupts import uninterrupted
 
 __all__ = ["AllOrNothing", "NothingKept"]
 
@@ -28,28 +29,38 @@ class AllOrNothing:
         "_call",
         "_bound",
         "_settled",
+        "_attempts",
     )
 
     def __init__(self, engine: Any, draws: bool = True):
-        self.engine, self.draws = engine, draws
+        self.engine, self.draws, self.is_done = engine, draws, False
 
     def __enter__(self) -> AllOrNothing:
+        self.take()
+        return self
+
+    def take(self) -> None:
+        """What fails from here on leaves everything as it is now."""
         engine = self.engine
         self.others = [engine._q.saved(), engine._programs.saved()]
         self.forget = engine._programs.learnt() if self.draws else _nothing
         self.saved = {key: getattr(engine, key) for key in self._attributes}
         self.length = len(engine._history)
         self.generators: Any = GeneratorStates() if self.draws else None
-        return self
+
+    def done(self) -> None:
+        """Nothing is undone any more."""
+        self.is_done = True
 
     def also(self, restore: Callable[[], None]) -> None:
         """Something else to put back: parameters, and what their optimiser remembers."""
         self.others.append(restore)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            self.restore()
-            self.forget()
+        if kind is not None and not self.is_done:
+            with uninterrupted():
+                self.restore()
+                self.forget()
 
     def restore(self) -> None:
         engine = self.engine
@@ -70,9 +81,10 @@ class NothingKept(AllOrNothing):
     """A look at the model that changes nothing, whether it fails or not; the first one keeps its start."""
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            self.forget()
-        if kind is not None or self.saved["_ready"]:
-            self.restore()
-        else:
-            self.generators.restore()
+        with uninterrupted():
+            if kind is not None:
+                self.forget()
+            if kind is not None or self.saved["_ready"]:
+                self.restore()
+            else:
+                self.generators.restore()

@@ -920,36 +920,3 @@ def test_our_own_guide_of_another_model():
     ):
         BLRInference(line, guide).step(Y)
     assert torch.equal(guide.naturals["rate"], natural)
-
-
-# -- a run that fails on its way -----------------------------------------------------------------------------
-
-
-def test_a_run_that_fails_after_a_hundred_steps_restores_parameters_and_their_optimiser():
-    calls = {"number": 0, "limit": 10**9}
-
-    def model(y):
-        calls["number"] += 1
-        line(y if calls["number"] < calls["limit"] else y * NAN)
-
-    def three_steps() -> BLRInference:
-        pyro.clear_param_store()
-        pyro.set_rng_seed(1)
-        engine = BLRInference(model, None, Adam({"lr": 0.05}))
-        for _ in range(3):
-            engine.step(Y)
-        return engine
-
-    engine = three_steps()
-    before = everything(engine)
-    calls["limit"] = calls["number"] + 100
-    with pytest.raises(ValueError, match="observed site 'x': found 3 values that are NaN"):
-        engine.run(Y, progress=False, max_steps=500)
-    assert calls["number"] >= calls["limit"]
-    assert_same(before, everything(engine))
-    calls["limit"] = 10**9
-    engine.step(Y)
-    resumed = everything(engine)
-    undisturbed = three_steps()
-    undisturbed.step(Y)
-    assert_same(everything(undisturbed), resumed)

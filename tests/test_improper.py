@@ -64,7 +64,7 @@ def test_a_target_of_minus_the_precision_is_a_fixed_point_far_from_its_target():
 def test_a_climb_does_not_end_there():
     """It goes on to where λ is its own target: v = −1 / E f''."""
     ascent = between_the_modes(SPURIOUS)
-    found = climb(ascent, Draws(0, 1024), 1e-6, 200, lambda _: True)
+    found = climb(ascent, Draws(0, 1024), 1e-6, 200, lambda *_: None)
     assert found.converged
     best = (10 + math.sqrt(124)) / 12  # 6 v² − 10 v − 1 = 0
     assert curvature(0.0, best) == pytest.approx(-1 / best, rel=1e-3)

@@ -1,0 +1,100 @@
+"""A climb between two sweeps: how far it has come, and how far the next one may go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_blr.beliefs import Beliefs
+from pyro_blr.draws import Draws
+
+__all__ = ["Halt", "Step", "Sweep", "extrapolation"]
+
+STUCK = 1e-2  # a step that covers so little of the way to its targets has met a fixed point of the retraction
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The bound's estimates after a sweep, the Σ_i s_i KL of a full step, and the nats to targets outside the domain.
+
+    The retraction of a Gaussian's precision S to Ŝ has a fixed point at Ŝ = (1 − 2/ρ) S besides the one at Ŝ = S: where the
+    steps vanish and the targets stay away, another ρ moves on.
+    """
+
+    values: Tensor
+    distance: float
+    astray: float
+    rate: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A full step's change of λ and of μ in every block."""
+
+    natural: dict[str, Tensor]
+    expectation: dict[str, Tensor]
+
+    @staticmethod
+    def between(start: Beliefs, end: Beliefs, rate: float) -> Step:
+        naturals, expectations = {}, {}
+        for name, block in start.blocks.items():
+            new, old = end.naturals[name], start.naturals[name]
+            naturals[name] = block.scale * (new - old) / rate
+            expectations[name] = (block.family.to_expectation(new) - block.family.to_expectation(old)) / rate
+        return Step(naturals, expectations)
+
+    def overlap(self, before: Step) -> float:
+        """⟨this, before⟩ / ⟨before, before⟩ in the Fisher metric: negative where steps overshoot.
+
+        Steps that shrink by q at rate ρ along one direction vanish at the rate ρ / (1 − q).
+        """
+        names = [name for name in self.natural if self.natural[name].shape == before.natural[name].shape]
+        inner = sum(float((self.natural[n] * before.expectation[n]).sum()) for n in names)
+        size = sum(float((before.natural[n] * before.expectation[n]).sum()) for n in names)
+        ratio = inner / size if size > 0 else 1.0
+        return ratio if math.isfinite(ratio) else 1.0
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Where a climb on fixed draws stands between two sweeps: all that the next one needs besides q."""
+
+    values: Tensor | None  # the bound's estimates
+    number: int = 0  # of sweeps
+    first: float = math.inf  # step, in nats
+    distance: float = math.inf  # of the last sweep
+    remaining: float = math.inf  # nats to the fixed point
+    factor: float = 1.0
+    rate: float = 1.0
+    ceiling: float = 1.0
+    last: Step | None = None
+
+    def is_done(self, tol: float, draws: Draws | None) -> bool:
+        """Whether what remains is below `tol`; on draws no sooner than after three sweeps."""
+        return (self.remaining < tol and (draws is None or self.number > 2)) or self.distance < 1e-3 * tol
+
+    def after(self, moved: Sweep, step: Step, draws: Draws | None) -> Halt:
+        """The halt after another sweep."""
+        distance = max(moved.distance, moved.astray)
+        # the first ratio of two steps shows the directions that end at once, not the one that lags: two ratios on draws
+        factor = extrapolation(self.distance, distance)
+        remaining = distance * (factor if draws is None else max(factor, self.factor))
+        overlap = step.overlap(self.last) if self.last is not None else 1.0
+        ceiling = max(moved.rate / (1 - overlap), 1 / 64) if overlap < -0.2 else min(1.0, 1.2 * self.ceiling)
+        if moved.distance < STUCK * moved.astray:
+            ceiling = moved.rate / 2
+        first = distance if self.number == 0 else self.first
+        rate = min(ceiling, 2 * moved.rate)
+        return Halt(moved.values, self.number + 1, first, distance, remaining, factor, rate, ceiling, step)
+
+
+def extrapolation(previous: float, distance: float) -> float:
+    """(r / (1 − r))², at least 1, for steps that shrink by r: all steps to come together, in the units of the
+    square of one.
+    """
+    if not math.isfinite(previous):
+        return 1.0
+    ratio = math.sqrt(distance / previous) if previous > 0 else 0.0
+    return max(1.0, (ratio / (1 - ratio)) ** 2) if ratio < 1 else math.inf
