@@ -182,7 +182,7 @@ class Arguments:
                     eye = torch.eye(family.event_shape[-1], dtype=leaf.dtype, device=leaf.device)
                     leaf = leaf[..., None, None] * eye
                 leaves[name] = leaf
-            return torch.linalg.slogdet(self._at(argument, env, leaves)).logabsdet
+            return Matrix.of(self._at(argument, env, leaves)).logdet
 
         # By differences, exact for an affine function: torch's forward derivatives of cholesky_inverse and cholesky_solve are
         # wrong (pytorch issues 196682, 196694).

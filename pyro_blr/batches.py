@@ -4,6 +4,7 @@ cannot.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,9 @@ def batched(
     count = leaves.shape[0]
     chunk = max(1, BUDGET // max(elements, leaves[:1].numel(), 1))
     try:
-        return vmap(function, randomness="same", chunk_size=chunk if chunk < count else None)(leaves, others)
+        with warnings.catch_warnings():  # torch's own, of an operation that it batches slowly: a loop is slower still
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return vmap(function, randomness="same", chunk_size=chunk if chunk < count else None)(leaves, others)
     except Exception:  # a program may object to batches in any way; if it objects to single draws too, the loop raises
         rows = [(one_by_one or function)(leaves[s], row(others, s)) for s in range(count)]
         if isinstance(rows[0], Tensor):

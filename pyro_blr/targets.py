@@ -162,9 +162,10 @@ class Targets:
         mine = leaves[name]
         others = {b: leaf for b, leaf in leaves.items() if b != name}
         elements = messages.elements(factors)
+        moments = dict(beliefs.moments)  # made here: what a transform of `function` makes must not outlive it
 
         def function(leaf: Tensor, other: Any) -> Tensor:
-            total = messages.expected_log_prob(factors, beliefs.moments, {**other, name: leaf})
+            total = messages.expected_log_prob(factors, moments, {**other, name: leaf})
             jacobian = block.log_jacobian(leaf)
             if jacobian is not None:
                 total = total + block.scale * jacobian.sum(dtype=torch.float64)

@@ -24,6 +24,8 @@ from pyro_blr.estimators import (
     uniform_levels,
 )
 from pyro_blr.families import Gamma
+from pyro_blr.likelihoods._expectations import Matrix
+from pyro_blr.likelihoods._parametrisations import inverse_point
 
 GAUSSIAN = ["Normal", "MultivariateNormal", "MultivariateNormal precision", "LogNormal", *SUPPORTS]
 CONTINUOUS = [n for n in DISTRIBUTIONS if n in ("Gamma", "Exponential", "Chi2", "InverseGamma", "Beta", "Dirichlet")]
@@ -326,3 +328,23 @@ def test_batches_are_cut_by_the_numbers_of_a_factor_not_of_a_leaf() -> None:
     assert values.shape == (1024,)
     assert sum(sizes) == 1024
     assert max(sizes) <= 40
+
+
+def test_second_derivatives_of_a_matrix_in_batches() -> None:
+    """log|L Lᵀ| = 2 (u₁ + u₂) whatever is below the diagonal; its square has the Hessian 8 in u₁ and u₂, the inverse's corner the
+    second derivative 4 exp(−2 u₂) in u₂.
+    """
+
+    def function(u: Tensor, _: object) -> Tensor:
+        first, second = torch.stack([u[1].exp(), 0 * u[0]]), torch.stack([u[0], u[2].exp()])
+        tril = torch.stack([first, second])
+        points = (Matrix.of(tril @ tril.mT), inverse_point({"scale_tril": tril}))
+        return points[0].logdet.square() + points[1].mean[1, 1]
+
+    mean, covariance = torch.tensor([0.4, -0.2, 0.3], dtype=torch.float64), 0.01 * torch.eye(3, dtype=torch.float64)
+    leaves = gaussian_leaves({"mean": mean, "covariance": covariance}, standard_normals(uniform_levels(64, 3, 0)))
+    found = bonnet_price(function, {"mean": mean, "covariance": covariance}, leaves, {})
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    expected[1:, 1:] = 4.0
+    expected[2, 2] += 2 * (-2 * leaves[:, 2]).exp().mean()
+    torch.testing.assert_close(found["covariance"], expected, rtol=0, atol=1e-10)

@@ -132,7 +132,10 @@ class Matrix(Expectation):
 
     @classmethod
     def of(cls, value: Tensor) -> Matrix:
-        return cls(value, torch.logdet(value))
+        # not torch.logdet, whose forward derivative of a gradient is wrong in batches
+        factor, failed = torch.linalg.cholesky_ex(value)
+        logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return cls(value, torch.where(failed > 0, torch.nan, logdet))
 
 
 def _log_tiny(value: Tensor) -> float:

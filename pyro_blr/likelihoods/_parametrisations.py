@@ -65,7 +65,10 @@ def inverse_point(arguments: Mapping[str, Any]) -> Matrix:
         tril = torch.linalg.cholesky(arguments["covariance_matrix"])
     else:
         tril = arguments["scale_tril"]
-    return Matrix(torch.cholesky_inverse(tril), -2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1))
+    identity = torch.eye(tril.shape[-1], dtype=tril.dtype, device=tril.device)
+    root = torch.linalg.solve_triangular(tril, identity, upper=False)
+    # not torch.cholesky_inverse, whose forward derivatives are wrong (pytorch issue 196682)
+    return Matrix(root.mT @ root, -2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1))
 
 
 def _finite(log: Tensor) -> Tensor:
