@@ -1,0 +1,94 @@
+"""What the optimizer is told, checked: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["NO_DRAW", "NO_GRADIENT", "TWO_DRAWS", "check_alone", "check_group", "check_seed"]
+
+NO_GRADIENT = (
+    "the closure left no gradient; expected it to call backward() on the mean loss and return it, or to return (distribution, labels) "
+    "and leave backward to the optimizer"
+)
+NO_DRAW = (
+    "step() without a closure found no gradient at drawn weights; expected backward() inside a block `with optimizer.sampled():` since "
+    "the last step or zero_grad(): put the forward pass and backward() in one"
+)
+TWO_DRAWS = (
+    "gradients of another draw wait for step(); expected one draw a step: call step(), or zero_grad() before the block to drop them; "
+    "for several draws use step(closure) with samples=..., for predictions torch.no_grad()"
+)
+
+CURVATURES = ("auto", "labels", "examples", "price")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raises ValueError where a setting of a parameter group has no meaning."""
+    data, precision = group["num_data"], group["prior_precision"]
+    if not is_number(data) or not 0 < data < math.inf:
+        raise ValueError(
+            f"num_data is {data!r}; expected the number of data that the mean loss stands for, above zero: "
+            "pass len(dataset) (for a language model the number of tokens)"
+        )
+    if not is_number(precision) or not 0 <= precision < math.inf:
+        raise ValueError(
+            f"prior_precision is {precision!r}; expected a finite number, zero or more: it is one over the prior variance "
+            "(weight decay times num_data)"
+        )
+    if not is_number(group["prior_mean"]) or not math.isfinite(group["prior_mean"]):
+        raise ValueError(f"prior_mean is {group['prior_mean']!r}; expected a finite number")
+    within(group, "lr", 0, math.inf, "1 is the natural gradient itself")
+    within(group, "momentum", 0, 1, "the weight of past gradients, below 1")
+    within(group, "decay", 0, math.inf, "the power of the step count by which the rate falls; 0 keeps rates constant")
+    within(group, "curvature_rate", 0, 1, "the weight of one measurement")
+    if group["curvature"] not in CURVATURES:
+        raise ValueError(f"curvature is {group['curvature']!r}; expected one of {', '.join(map(repr, CURVATURES))}")
+    every = group["curvature_every"]
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(f"curvature_every is {every!r}; expected a number of steps, one or more, or None")
+    if group["trust"] is not None:
+        within(group, "trust", 0, math.inf, "None does not clip")
+    first = group["initial_curvature"]
+    if first is not None and not (is_number(first) and 0 <= first < math.inf):
+        raise ValueError(
+            f"initial_curvature is {first!r}; expected a number, zero or more, or None to take it from the data"
+        )
+    if first == 0 and precision == 0:
+        raise ValueError(
+            "initial_curvature and prior_precision are both 0: q would have no scale; give one of them a value"
+        )
+
+
+def within(group: Mapping[str, Any], name: str, low: float, high: float, meaning: str) -> None:
+    """Raises ValueError unless low ≤ group[name] < high."""
+    value = group[name]
+    if not is_number(value) or not low <= value < high:
+        raise ValueError(f"{name} is {value!r}; expected a number in [{low}, {high}): {meaning}")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def several_processes() -> bool:
+    """Whether torch.distributed joins this process with others."""
+    found = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return found and torch.distributed.get_world_size() > 1
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises ValueError where processes would draw different noise without saying so."""
+    if seed is None and several_processes():
+        raise ValueError("seed is None among several processes; expected the same number in all of them: pass seed=0")
+
+
+def check_alone() -> None:
+    """Raises RuntimeError where each process would have a curvature of its own."""
+    if several_processes():
+        raise RuntimeError(
+            "a curvature at sampled labels is not summed over processes yet; expected one process, or curvature='price'"
+        )

@@ -1,0 +1,42 @@
+"""What a parameter begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_blr.nn._buckets import state_dtype
+
+__all__ = ["first_curvature", "new_state"]
+
+
+@torch.no_grad()
+def new_state(parameter: Tensor, curvature: float) -> dict[str, Any]:
+    """Mean, momentum and curvature, in float32 at least; `before` and `lately` are the monitor's notes."""
+    mean = parameter.detach().to(state_dtype(parameter), copy=True)
+    return {
+        "step": 0,
+        "measurements": 0,
+        "before": None,
+        "lately": None,
+        "mean": mean,
+        "momentum": torch.zeros_like(mean),
+        "curvature": torch.full_like(mean, curvature),
+    }
+
+
+@torch.no_grad()
+def first_curvature(parameter: Tensor, gradient: Tensor, measured: Tensor | None, group: Mapping[str, Any]) -> float:
+    """h₀, the same for all elements, so that one small gradient makes no large standard deviation.
+
+    Measured at the mean where it could be. Otherwise so that the first standard deviations are at most a tenth of the weights'
+    root mean square and (N mean ĝ²)^−½, which are small: Price's estimator then leads from there.
+    """
+    if measured is not None:
+        return float(measured.mean())
+    size, slope = parameter.to(torch.float64).square().mean(), gradient.to(torch.float64).square().mean()
+    precision = max(group["prior_precision"], 100 / float(size) if size > 0 else 0.0, group["num_data"] * float(slope))
+    return (precision - group["prior_precision"]) / group["num_data"]
