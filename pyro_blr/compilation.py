@@ -15,6 +15,7 @@ from pyro_blr.fusing import fused
 from pyro_blr.generators import GeneratorStates
 from pyro_blr.program import Program
 from pyro_blr.sameness import Call
+from pyro_blr.steps import is_at_rest
 from pyro_blr.transactions import AllOrNothing
 
 __all__ = ["CompiledSteps"]
@@ -100,7 +101,7 @@ class CompiledSteps:
     def _exact(self, engine: Any, program: Program) -> float | None:
         """A sweep over exact blocks; the first ones are taken both ways and compared."""
         ascent = engine._ascent(program)
-        before = list(ascent.beliefs.naturals.values())
+        names, before = list(ascent.beliefs.naturals), list(ascent.beliefs.naturals.values())
         if self._sweep is None:
             try:
                 one = fused(ascent.pure_sweep, before)
@@ -122,10 +123,12 @@ class CompiledSteps:
                 return None
             self._checks += 1
             naturals, bound = list(ascent.beliefs.naturals.values()), ascent.bound_before()
-        loss = -float(engine._bound[1])
+        loss, after = -float(engine._bound[1]), dict(zip(names, naturals, strict=True))
+        is_last = is_at_rest(program, engine._q.naturals, after, engine._num_steps)
         with AllOrNothing(engine, draws=False):
-            engine._q.naturals = dict(zip(ascent.beliefs.naturals, naturals, strict=True))
+            engine._q.naturals = after
             engine._bound = program, bound
+            engine._settled = program if is_last else None
             engine._num_steps += 1
             engine._history.append(bound)
             engine._outcome = {"elbo": bound, "elbo_kind": ascent.bound_kind, "elbo_se": 0.0}

@@ -125,14 +125,14 @@ class BLRInference:
                 self._history.append(self._history[-1])
                 return -self._history[-1]
             loss = -ascent.bound_before()
-            take_step(ascent, self._num_steps)
+            is_last = take_step(ascent, self._num_steps)
             self._commit(ascent)
             self._num_steps += 1
             self._history.append(ascent.bound_before())
             # what a run before this step said of its end is no longer so
             self._outcome = {"elbo": self._history[-1], "elbo_kind": ascent.bound_kind, "elbo_se": ascent.bound_se}
             self._bound = program, self._history[-1]
-            if ascent.bound_kind == "exact evidence" and not self._parameters.found(program):
+            if is_last and not self._parameters.found(program):
                 self._settled = program
             elif self._num_steps == _PATIENCE:
                 self._settle_down(program)

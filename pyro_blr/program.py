@@ -39,6 +39,7 @@ class Sweeps:
 
     def __init__(self, suited: bool):
         self.suited, self.count = suited, 0
+        self.moved = 0.0  # nats that the last sweep whose length was taken moved a block
         self._flat: dict[tuple[str, ...], Callable] = {}
 
     def ready(self, sweep: Callable, order: tuple[str, ...], naturals: list[Tensor]) -> Callable | None:

@@ -439,6 +439,39 @@ def test_a_second_run_starts_at_the_optimum() -> None:
     assert first.elbo - 1e-9 <= again.elbo < expected["bound"] + 1e-6
 
 
+def test_steps_at_the_optimum_leave_it_where_it_is() -> None:
+    """Once sweeps move q by rounding alone, steps do nothing; on other data they sweep again."""
+    model, (x, y) = regression()
+    engine = BLRInference(model)
+    losses = [engine.step(x, y) for _ in range(40)]
+    naturals = dict(engine.guide.naturals)
+    losses += [engine.step(x, y) for _ in range(3)]
+    assert all(natural is naturals[name] for name, natural in engine.guide.naturals.items())
+    assert losses[-1] == pytest.approx(-oracle_case("linear_regression")[3]["bound"], abs=1e-8)
+    for _ in range(40):
+        engine.step(x, y + 1)
+    fresh = BLRInference(model).run(x, y + 1, tol=1e-12, progress=False)
+    assert engine.posterior.elbo == pytest.approx(fresh.elbo, abs=1e-9)
+
+
+def test_steps_leave_a_saddle() -> None:
+    """From a start that breaks the symmetry of a mixture by 1e-15 sweeps are tiny at first, and ever longer."""
+
+    def model(y: torch.Tensor) -> None:
+        with pyro.plate("components", 2):
+            m = pyro.sample("m", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+            pyro.sample("y", dist.Normal(m[z], 1.0), obs=y)
+
+    y = torch.cat([torch.linspace(-4, -2, 10), torch.linspace(2, 4, 10)])
+    start = dist.Normal(torch.tensor([-1e-15, 1e-15]), 1.0)
+    engine = BLRInference(model, init={"m": start}, blocks="sites")
+    for _ in range(200):
+        engine.step(y)
+    assert engine.posterior["m"].mean.sort().values.tolist() == pytest.approx([-3, 3], abs=0.1)
+
+
 def test_nothing_draws_but_steps_and_runs() -> None:
     model, args, _, _ = oracle_case("gaussian_mixture")
     engine = BLRInference(model)

@@ -5,8 +5,8 @@
     python tests/benchmarks/eight_schools.py --compile --device cuda    # and a regression of 10^5 rows and 100 columns
 
 All are warm: a sweep over an exact model that has been taken a hundred times is replayed as a flat list of operations, and where q
-has settled, a step is a run of the model, which shows that its data are the same.  `--moving` gives every step other data: an exact
-model is then recorded anew every time, and nothing is compiled.
+has settled, a step is a run of the model, which shows that its data are the same.  `--unsettled` lets exact models forget that they have.
+`--moving` gives every step other data: a model is then recorded anew every time, and nothing is compiled.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -115,6 +116,12 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Tensor, ...]]] = {
 }
 
 
+def unsettled(engine: BLRInference, *data: Tensor) -> None:
+    """A step that sweeps, whether that changes anything or not."""
+    engine._settled = None
+    engine.step(*data)
+
+
 def timed(
     step: Callable[..., Any], sets: list[tuple[Tensor, ...]], number: int, clock: Callable[[], float]
 ) -> Callable:
@@ -138,6 +145,7 @@ def main() -> None:
     parser.add_argument("--processor", action="store_true", help="processor seconds, which other programs change less")
     parser.add_argument("--compile", action="store_true", help="steps with compile=True")
     parser.add_argument("--moving", action="store_true", help="other data at every step")
+    parser.add_argument("--unsettled", action="store_true", help="exact models only: every step is a sweep")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     clock = time.process_time if options.processor else time.perf_counter
@@ -146,7 +154,7 @@ def main() -> None:
         torch.set_default_device(options.device)
     cases = {**CASES, "regression, 10^5 rows of 100, exact": (wide, wide_data())} if options.device != "cpu" else CASES
     for name, (program, data) in cases.items():
-        if options.only not in name:
+        if options.only not in name or (options.unsettled and "exact" not in name):
             continue
         pyro.clear_param_store()
         sets = [tuple(item.to(options.device) for item in data)]
@@ -154,9 +162,10 @@ def main() -> None:
             sets += [(*sets[0][:-1], sets[0][-1].roll(1))]
         engine = BLRInference(program, compile=options.compile)
         svi = SVI(program, AutoNormal(program), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-        for step in (engine.step, svi.step):
-            timed(step, sets, options.warm_up, clock)()
-        ours, theirs = (timed(step, sets, options.steps, clock) for step in (engine.step, svi.step))
+        step = partial(unsettled, engine) if options.unsettled else engine.step
+        for each in (step, svi.step):
+            timed(each, sets, options.warm_up, clock)()
+        ours, theirs = (timed(each, sets, options.steps, clock) for each in (step, svi.step))
         row(
             name,
             *in_turn(ours, theirs, options.pairs),
