@@ -39,6 +39,7 @@ class CompiledSteps:
         self._sweep: Callable[..., tuple[Tensor, ...]] | None = None
         self._hopeless: Program | None = None
         self._checks, self._plain, self._has_warned = 0, 0, False
+        self._how = ""  # the captured sweep runs
         self._state, self._obstacle = "not yet: that takes two steps with the same arguments", ""
 
     def notes(self) -> list[str]:
@@ -74,8 +75,8 @@ class CompiledSteps:
 
     def _warn(self) -> None:
         if not self._has_warned:
+            self._has_warned = True  # first: the warning may be an error
             warnings.warn(f"compile=True: {self._said()}", stacklevel=4)
-        self._has_warned = True
 
     # -- compiled steps -----------------------------------------------------------------------------------------------
 
@@ -109,9 +110,11 @@ class CompiledSteps:
                 self._give_up(program, f"they cannot be captured ({type(error).__name__}: {error})")
                 return None
             self._sweep = one.call
-            self._state = f"steps are {one.how}" + f"; {one.shortfall}" * bool(one.shortfall)
+            self._how = f"steps are {one.how}" + f"; {one.shortfall}" * bool(one.shortfall)
+            self._state = self._how
             if one.shortfall:
                 self._warn()
+        self._state = self._how
         *naturals, last = self._sweep(*before)
         bound = float(last)
         if not math.isfinite(bound):

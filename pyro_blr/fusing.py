@@ -37,7 +37,8 @@ def fused(function: Callable[..., Any], example: Sequence[Tensor]) -> OneProgram
         shortfall = f"torch.compile failed ({_first_line(error)})"
     if example[0].is_cuda:
         try:
-            return OneProgram(_as_graph(call, example), f"{how}, launched as one CUDA graph", shortfall)
+            with torch.cuda.device(example[0].device):
+                return OneProgram(_as_graph(call, example), f"{how}, launched as one CUDA graph", shortfall)
         except Exception as error:  # an operation that waits for the device, most likely
             shortfall = "; ".join(filter(None, [shortfall, f"no CUDA graph ({_first_line(error)})"]))
     return OneProgram(call, how, shortfall)
@@ -79,7 +80,8 @@ def _as_graph(call: Callable[..., tuple[Tensor, ...]], example: Sequence[Tensor]
     def launch(*arguments: Tensor) -> tuple[Tensor, ...]:
         for mine, argument in zip(held, arguments, strict=True):
             mine.copy_(argument)
-        graph.replay()
+        with torch.cuda.device(held[0].device):
+            graph.replay()
         return tuple(item.clone() for item in found)
 
     return launch
