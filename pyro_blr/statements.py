@@ -145,7 +145,9 @@ def survey_statements(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tup
             reasons[name] = f"poutine.scale weighs its statement at {name}"
             continue
         try:
-            statements.append(_statement(name, slots, observed))
+            statement = _statement(name, slots, observed)
+            _refuse_held(statement, trace.nodes[name]["fn"])
+            statements.append(statement)
         except UnreadableGuide as error:
             reasons[name] = str(error)
     reasons |= shared_parameters([(s.site, argument) for s in statements for argument in s.arguments])
@@ -207,6 +209,16 @@ def _statement(name: str, slots: Mapping[str, Slot], observed: list[_Seen]) -> S
         laws.append(law)
     arguments = found_arguments(name, laws, slots, values, [seen.rows[name] for seen in observed])
     return Statement(name, pyro_class(laws[0]), laws[0].family, laws[0].transform, tuple(arguments))
+
+
+def _refuse_held(statement: Statement, distribution: Any) -> None:
+    """Raises for a parameter that the guide cuts off from gradients, which no other way of fitting would move either."""
+    base = _inner(statement.site, distribution)[0]
+    for argument in statement.arguments if torch.is_grad_enabled() else ():
+        if not torch.as_tensor(getattr(base, argument.name)).requires_grad:
+            raise UnreadableGuide(
+                f"{argument.name} of its distribution at {statement.site} takes no gradient: its parameter is held"
+            )
 
 
 def found_arguments(

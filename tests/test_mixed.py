@@ -90,6 +90,30 @@ def test_beside_a_random_site_it_is_averaged_over_draws() -> None:
     assert pyro.param("beta").item() == pytest.approx(expected, abs=5 * error)
 
 
+@pytest.mark.parametrize("how", ["detached", "frozen"])
+def test_a_parameter_that_takes_no_gradient_is_held(how: str) -> None:
+    """Under SVI it would stay where it is; so it does here, and its site goes by the ordinary gradient of the others."""
+
+    def model() -> None:
+        pyro.sample("a", dist.Gamma(2.0, 1.0))
+        pyro.sample("b", dist.Normal(1.0, 1.0))
+
+    def guide() -> None:
+        shape = param("shape", 3.0, positive)
+        if how == "frozen":
+            pyro.get_param_store()._params["shape"].requires_grad_(False)
+            shape = pyro.param("shape")
+        pyro.sample("a", dist.Gamma(shape.detach() if how == "detached" else shape, param("rate", 4.0, positive)))
+        pyro.sample("b", dist.Normal(param("m", 0.0), param("width", 2.0, positive)))
+
+    engine = BLRInference(model, guide, SGD({"lr": 0.1}), Trace_ELBO())
+    engine.step()
+    assert pyro.param("shape").item() == pytest.approx(3.0, rel=1e-12)
+    assert pyro.param("rate").item() != 4.0
+    assert pyro.param("m").item() == pytest.approx(1.0, rel=1e-9)
+    assert set(said(engine)["ordinary"]) == {"a"}
+
+
 def test_vectorised_particles_are_not_taken_one_by_one() -> None:
     """A loss runs 500 of them in one run of the model; here every draw of the rest is a run of its own."""
     runs = 0
