@@ -76,10 +76,12 @@ def test_three_plates_in_each_other(how: tuple[str, str, str], blocks: str) -> N
     engine = BLRInference(model, blocks=blocks)
     for _ in range(2 if blocks == "auto" else 200):
         engine.step()
+    # sweeps by site end where one moves no block by 1e-14 nats: 3/2 δ² there, times 1 / (1 − r) of a contraction r < 0.9
+    tolerance = 1e-8 if blocks == "auto" else 10 * (2e-14 / 3) ** 0.5
     of_a = (1.0 + same_i) @ solved
     found = [engine.posterior[name].mean.flatten() for name in (["a"] if how[0] == "plate" else ["a_0", "a_1"])]
-    np.testing.assert_allclose(float(engine.posterior["m"].mean), float(solved.sum()), atol=1e-8)
-    np.testing.assert_allclose(torch.cat(found), of_a[[0, 6]], atol=1e-8)
+    np.testing.assert_allclose(float(engine.posterior["m"].mean), float(solved.sum()), atol=tolerance)
+    np.testing.assert_allclose(torch.cat(found), of_a[[0, 6]], atol=tolerance)
     if blocks == "auto":
         evidence = dist.MultivariateNormal(torch.zeros(12), covariance).log_prob(y.flatten())
         assert engine.posterior.elbo_kind == "exact evidence"
