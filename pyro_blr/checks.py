@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_blr.blocks import Block
 from pyro_blr.graph import Factor, FactorGraph
-from pyro_blr.running import generic_value, isolated_random_state, run_model, site_value, subsample_values
+from pyro_blr.running import generic_value, isolated_random_state, run_model, site_value, subsample_values, unwrap
 from pyro_blr.shapes import broadcast_shape
 from pyro_blr.tape import Ref
 
@@ -110,6 +110,9 @@ def _bounds(support: Any) -> list[Any]:
 
 
 def _inside_support(factor: Factor, value: Tensor) -> Tensor | None:
+    """Which data the distribution can produce; None where it cannot say, or its `validate_args=False` says not to look."""
+    if vars(unwrap(factor.distribution)[0]).get("_validate_args") is False:
+        return None
     try:
         return factor.distribution.support.check(value)
     except (NotImplementedError, AttributeError, RuntimeError, ValueError):

@@ -526,3 +526,30 @@ def test_no_optimiser_is_needed() -> None:
     svi = BLRInference(base_model)
     svi.step(y)
     assert float(svi.posterior["mu"].mean) == pytest.approx(float(y.sum()) / 30.25, abs=1e-12)
+
+
+def test_data_that_the_program_says_not_to_check() -> None:
+    """Grey pixels under a Bernoulli with `validate_args=False` (Pyro's VAE): Σ y and Σ (1 − y) are its counts."""
+    pixels = torch.tensor([0.2, 0.9, 0.5])
+
+    def model() -> None:
+        p = pyro.sample("p", dist.Beta(2.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Bernoulli(p, validate_args=False), obs=pixels)
+
+    posterior = BLRInference(model).run(progress=False)
+    assert torch.allclose(posterior.natural["p"], torch.tensor([2.0 - 1 + 1.6, 1.0 - 1 + 1.4]))
+
+
+def test_a_plate_without_a_size() -> None:
+    """It has as many elements as the data in it (the tutorial on score functions)."""
+    bits = torch.tensor([1.0, 1.0, 0.0, 1.0])
+
+    def model() -> None:
+        p = pyro.sample("p", dist.Beta(2.0, 1.0))
+        with pyro.plate("data"):
+            pyro.sample("y", dist.Bernoulli(p), obs=bits)
+
+    posterior = BLRInference(model).run(progress=False)
+    assert torch.equal(posterior.natural["p"], torch.tensor([4.0, 1.0], dtype=torch.float64))
+    assert posterior.sample((3,))["p"].shape == (3,)
