@@ -26,7 +26,9 @@ _DENSE = 300  # unknowns up to which the Hessian is formed
 _HALVINGS = 30
 _FLAT = 1e-10  # curvature, relative to the largest, below which a direction is taken to be flat
 _LONGEST = 10.0  # of a step, in unconstrained space
-_DONE = 1e-12  # nats to be gained, relative to the loss, below which nothing is moved
+_DONE = (
+    1e-12  # nats to be gained, relative to the loss, below which nothing is moved; in float32 as many as it can tell
+)
 
 
 def ordinary_fit(
@@ -68,6 +70,7 @@ class PointFit(OrdinaryGradients):
             )
         self._is_random: bool | None = None
         self._mine: set[int] = set()  # the guide's parameters
+        self._stuck: float | None = None  # the loss that steps do not change: rounding hides what is left
         self._inverse: Callable[[Tensor], Tensor] | None = None
         self._quasi: torch.optim.LBFGS | None = None
         self.decrement = float("inf")
@@ -160,7 +163,7 @@ class PointFit(OrdinaryGradients):
                 leaf.grad = slope.detach()
         if gradient.numel() > _DENSE:
             self._quasi_newton(leaves, objective)
-        elif not self._is_done(gradient.detach(), loss):
+        elif loss != self._stuck and not self._is_done(gradient.detach(), loss):
             self._newton(leaves, gradient, loss, objective)
         return loss
 
@@ -169,7 +172,7 @@ class PointFit(OrdinaryGradients):
         if self._inverse is None or self._inverse(gradient).shape != gradient.shape:
             return False
         self.decrement = 0.5 * float(gradient @ self._inverse(gradient))
-        return self.decrement <= _DONE * max(1.0, abs(loss))
+        return self.decrement <= _rounding(gradient) * max(1.0, abs(loss))
 
     def _newton(self, leaves: list[Tensor], gradient: Tensor, loss: float, objective: Callable[[], Any]) -> None:
         hessian = _hessian(gradient, leaves)
@@ -192,9 +195,12 @@ class PointFit(OrdinaryGradients):
         for halvings in range(_HALVINGS):
             _move(start, 0.5**halvings * step)
             reached = float(objective().detach())
-            if reached <= loss + 1e-12 * abs(loss):
+            if reached <= loss + _rounding(flat) * abs(loss):
+                gains = loss - reached > _rounding(flat) * max(1.0, abs(loss))
+                self._stuck = None if gains else reached
                 return
         _put_back(start)
+        self._stuck = loss
 
     def _quasi_newton(self, leaves: list[Tensor], objective: Callable[[], Any]) -> None:
         known = self._quasi is not None and all(
@@ -259,6 +265,11 @@ def _unconstrained(trace: poutine.Trace) -> list[Tensor]:
             if leaf.requires_grad and all(leaf is not other for other in found):
                 found.append(leaf)
     return found
+
+
+def _rounding(gradient: Tensor) -> float:
+    """The relative difference in the loss that says nothing."""
+    return max(_DONE, torch.finfo(gradient.dtype).eps)
 
 
 def _flat(tensors: Any) -> Tensor:

@@ -171,3 +171,27 @@ def test_a_failed_step_leaves_the_point() -> None:
     with pytest.raises(ValueError, match="gradient that is not finite at the guide's point"):
         engine.step()
     assert torch.equal(guide.median()["a"], before)
+
+
+def test_float32_comes_to_rest() -> None:
+    """What Newton's method could still gain is below the loss's own rounding: a step moves nothing, bit for bit."""
+    torch.set_default_dtype(torch.float32)
+    x = torch.linspace(-2, 2, 30)
+    y = 1.0 + 2.0 * x + 0.1 * torch.sin(40 * x)
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 10.0))
+        b = pyro.sample("b", dist.Normal(0.0, 10.0))
+        sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 30):
+            pyro.sample("y", dist.Normal(a + b * x, sigma), obs=y)
+
+    guide = AutoDelta(model)
+    engine = BLRInference(model, guide)
+    for _ in range(30):
+        engine.step()
+    still = {name: value.clone() for name, value in guide.median().items()}
+    for _ in range(3):
+        engine.step()
+    assert all(torch.equal(value, still[name]) for name, value in guide.median().items())
+    assert float(still["b"]) == pytest.approx(2.0, abs=0.02)
