@@ -1,0 +1,1 @@
+"""Programs written for SVI, with its constructor replaced."""
