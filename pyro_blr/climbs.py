@@ -28,12 +28,14 @@ _LONGEST = 100.0  # nats of a step for every unknown: a log density far out may 
 @dataclass(frozen=True)
 class Climb:
     """How a climb on fixed draws went: `first` and `last` are its steps' remaining distances to the fixed
-    point in nats.
+    point in nats, `factor` times as long as the last step, which missed targets outside the domain by `astray`.
     """
 
     converged: bool
     first: float
     last: float
+    factor: float = math.inf
+    astray: float = math.inf
 
 
 def climb(
@@ -43,13 +45,15 @@ def climb(
     limit: int,
     tick: Callable[[float, Halt], None],
     halt: Halt | None = None,
+    known: float = math.inf,
 ) -> Climb:
     """Sweeps on fixed draws until the extrapolated remaining distance, Σ_i s_i KL, is below `tol` nats.
 
     A sweep is halved while the bound falls by more than the draws' own noise.  `tick` is told the bound and
-    the halt after every sweep; a climb that was cut short goes on from its last `halt`.
+    the halt after every sweep; a climb that was cut short goes on from its last `halt`.  `known` is the `factor` of a climb
+    on other draws.
     """
-    halt = halt or Halt(None if ascent.beliefs.points else ascent.finite_estimates(draws))
+    halt = halt or Halt(None if ascent.beliefs.points else ascent.finite_estimates(draws), known=known)
     while not halt.is_done(tol, draws):
         if halt.number >= limit:
             return Climb(False, halt.first, halt.remaining)
@@ -59,7 +63,8 @@ def climb(
             return Climb(halt.remaining < 10 * tol, min(halt.first, halt.remaining), halt.remaining)
         halt = halt.after(moved, Step.between(start, ascent.beliefs, moved.rate), draws)
         tick(float(moved.values.mean()), halt)
-    return Climb(True, halt.first, halt.remaining)
+    factor = halt.remaining / halt.distance if halt.distance > 0 else 1.0
+    return Climb(True, halt.first, halt.remaining, factor, halt.astray)
 
 
 def guarded_sweep(

@@ -20,6 +20,7 @@ from torch.func import grad, jvp, vmap
 
 from pyro_blr.batches import BUDGET, batched
 from pyro_blr.quadrature import Integrals
+from pyro_blr.sequences import balanced, uniform_levels
 
 __all__ = ["random_integrals", "random_values"]
 
@@ -107,16 +108,8 @@ def _root(covariance: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=4)
 def _sets(k: int, count: int, half: int) -> Tensor:
     """(S, count, k)"""
-    return torch.stack([_balanced(k, count, _SETS * half + s) for s in range(_SETS)])
-
-
-def _balanced(k: int, count: int, seed: int) -> Tensor:
-    """(count, k): ± pairs with second moments I."""
-    uniform = torch.quasirandom.SobolEngine(k, scramble=True, seed=seed).draw(count // 2, dtype=torch.float64)
-    half = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
-    root = torch.linalg.cholesky(half.T @ half / half.shape[0])
-    half = torch.linalg.solve_triangular(root, half.T, upper=False).T
-    return torch.cat([half, -half])
+    levels = [uniform_levels(count, k, _SETS * half + s)[: count // 2] for s in range(_SETS)]
+    return torch.stack([balanced(torch.special.ndtri(level)) for level in levels])
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,8 +12,9 @@ from torch import Tensor
 from pyro_blr.arguments import mean_leaf
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import Block, is_gaussian
-from pyro_blr.estimators import gaussian_leaves, standard_normals, uniform_levels
+from pyro_blr.estimators import gaussian_leaves
 from pyro_blr.running import isolated_random_state
+from pyro_blr.sequences import balanced, standard_normals, uniform_levels
 
 __all__ = ["Draws", "fresh_seed", "unit_width"]
 
@@ -29,11 +30,13 @@ class Draws:
     its mean.
 
     The continuous blocks of a model share one low-discrepancy sequence of levels in (0, 1), small blocks first.  A draw is
-    smooth in λ at its levels: Gaussian quantiles, or the family's own `at_levels`.
+    smooth in λ at its levels: Gaussian quantiles, or the family's own `at_levels`.  `balanced` normals have unit second
+    moments, for optima on draws that stay fixed; averages over seeds want them as they fall.
     """
 
     seed: int
     size: int
+    balanced: bool = False
     _noise: dict[str, Tensor] = field(default_factory=dict)  # normals of Gaussian blocks, levels of others
     _last: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # λ and the draws there
 
@@ -87,14 +90,17 @@ class Draws:
         shapes = {name: _noise_shape(blocks[name], beliefs, name) for name in every if not blocks[name].is_discrete}
         order = sorted(shapes, key=lambda name: shapes[name].numel())
         joint = uniform_levels(self.size, sum(shape.numel() for shape in shapes.values()), self.seed)
-        start = 0
-        for name in order:
-            size, natural = shapes[name].numel(), beliefs.naturals[name]
-            levels = joint[:, start : start + size]
-            normal = is_gaussian(blocks[name].family)
-            noise = (standard_normals(levels) if normal else levels).reshape(self.size, *shapes[name])
-            self._noise[name] = noise.to(beliefs.moments[name]["mean"] if normal else natural)
-            start += size
+        levels = dict(zip(order, joint.split([shapes[name].numel() for name in order], -1), strict=True))
+        gaussian = [name for name in order if is_gaussian(blocks[name].family)]
+        if gaussian:
+            normals = standard_normals(torch.cat([levels[name] for name in gaussian], -1))
+            if self.balanced:
+                normals = balanced(normals[: self.size // 2])
+            parts = normals.split([shapes[name].numel() for name in gaussian], -1)
+            levels.update(zip(gaussian, parts, strict=True))
+        for name, noise in levels.items():
+            like = beliefs.moments[name]["mean"] if name in gaussian else beliefs.naturals[name]
+            self._noise[name] = noise.reshape(self.size, *shapes[name]).to(like)
 
 
 def _rounded(draws: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,33 +27,9 @@ __all__ = [
     "reparameterised",
     "score_function",
     "standard_error",
-    "standard_normals",
-    "uniform_levels",
 ]
 
 _HESSIAN_DIM = 200  # directions at most for a Hessian; beyond, Price's theorem by parts
-_SOBOL_DIM = 1024
-
-
-def uniform_levels(num_samples: int, dim: int, seed: int) -> Tensor:
-    """(num_samples, dim) levels in (0, 1), on the CPU in float64, antithetic (u, then 1 − u): scrambled Sobol points in the
-    first dims, pseudo-random ones beyond.
-    """
-    half, sobol = (num_samples + 1) // 2, min(dim, _SOBOL_DIM)
-    levels = torch.quasirandom.SobolEngine(max(sobol, 1), scramble=True, seed=seed).draw(half, dtype=torch.float64)
-    levels = levels[:, :sobol]
-    if dim > sobol:
-        generator = torch.Generator().manual_seed(seed)
-        rest = torch.rand(half, dim - sobol, generator=generator, device="cpu", dtype=torch.float64)
-        levels = torch.cat([levels, rest], -1)
-    levels = levels.clamp(1e-12, 1 - 1e-12)
-    return torch.cat([levels, 1 - levels])[:num_samples]
-
-
-def standard_normals(levels: Tensor) -> Tensor:
-    """Standard normals (S, dim) at `uniform_levels`; the second half is minus the first, without rounding."""
-    normal = torch.special.ndtri(levels[: (levels.shape[0] + 1) // 2])
-    return torch.cat([normal, -normal])[: levels.shape[0]]
 
 
 def gaussian_leaves(moments: dict[str, Tensor], noise: Tensor) -> Tensor:

@@ -70,24 +70,31 @@ class Halt:
     rate: float = 1.0
     ceiling: float = 1.0
     last: Step | None = None
+    astray: float = math.inf  # of the last sweep
+    known: float = (
+        math.inf
+    )  # remaining distance in steps, of a climb on other draws: steps shrink here as they did there
 
     def is_done(self, tol: float, draws: Draws | None) -> bool:
-        """Whether what remains is below `tol`; on draws no sooner than after three sweeps."""
-        return (self.remaining < tol and (draws is None or self.number > 2)) or self.distance < 1e-3 * tol
+        """Whether what remains is below `tol`; on draws no sooner than after three sweeps, if how they shrink is not known."""
+        told = draws is None or self.number > 2 or self.known < math.inf
+        return (self.remaining < tol and told) or self.distance < 1e-3 * tol
 
     def after(self, moved: Sweep, step: Step, draws: Draws | None) -> Halt:
         """The halt after another sweep."""
         distance = max(moved.distance, moved.astray)
         # the first ratio of two steps shows the directions that end at once, not the one that lags: two ratios on draws
         factor = extrapolation(self.distance, distance)
-        remaining = distance * (factor if draws is None else max(factor, self.factor))
+        known = self.known if self.known < math.inf and self.number < 2 else 1.0
+        remaining = distance * (factor if draws is None else max(factor, self.factor, known))
         overlap = step.overlap(self.last) if self.last is not None else 1.0
         ceiling = max(moved.rate / (1 - overlap), 1 / 64) if overlap < -0.2 else min(1.0, 1.2 * self.ceiling)
         if moved.distance < STUCK * moved.astray:
             ceiling = moved.rate / 2
         first = distance if self.number == 0 else self.first
         rate = min(ceiling, 2 * moved.rate)
-        return Halt(moved.values, self.number + 1, first, distance, remaining, factor, rate, ceiling, step)
+        state = (distance, remaining, factor, rate, ceiling, step, moved.astray, self.known)
+        return Halt(moved.values, self.number + 1, first, *state)
 
 
 def extrapolation(previous: float, distance: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ from pyro_blr.generators import GeneratorStates
 from pyro_blr.gradients import ParameterUpdate
 from pyro_blr.halts import Halt
 from pyro_blr.interrupts import uninterrupted
+from pyro_blr.levels import levels_of
 from pyro_blr.newton import newton_start
 from pyro_blr.program import Program
 from pyro_blr.renewal import renewed
@@ -29,10 +31,7 @@ from pyro_blr.stopping import has_levelled, remaining_gain
 __all__ = ["Run", "is_stochastic"]
 
 CALM_SWEEPS = 10  # consecutive sweeps that the remaining gain must stay small for
-LEVELS = (64, 256, 1024, 4096, 16384)  # draws; each level starts from the optimum of the one before
-REPLAYED_LEVELS = (64, 256)  # the same where every draw runs the model again
 ENOUGH = 4096  # draws, beyond which only the error of a mean or sd asks for more, not that of the bound
-WORK = 2 * 10**9
 CLIMB = 5e-5  # nats that a climb on fixed draws may end from its optimum: 0.01 sd of one mean
 LEVEL_STEPS = 100  # sweeps at most on every level
 
@@ -49,6 +48,7 @@ class Place:
     optima: Optima = field(default_factory=Optima)
     tol: float = 0.0  # of the present climb
     halt: Halt | None = None
+    factor: float = math.inf  # of the climb before
 
 
 class Run:
@@ -223,13 +223,11 @@ class Run:
         longer matter: to the bound, and to any mean or sd.
         """
         self._start()
-        tol = max(self.tol, 1e-6)
-        replayed = any(plan.replayed for plan in self.program.plans.values())
-        levels = REPLAYED_LEVELS if replayed else self._affordable()
-        failed = ""
+        tol, levels, failed = max(self.tol, 1e-6), levels_of(self.program), ""
         for level in range(self.place.level, len(levels)):
-            size, draws, limit = levels[level], Draws(self.place.seed + level, levels[level]), self._limit()
-            climbed = climb(self.ascent, draws, min(tol, CLIMB), min(LEVEL_STEPS, limit), self._tick, self.place.halt)
+            size, limit, place = levels[level], min(LEVEL_STEPS, self._limit()), self.place
+            draws = Draws(place.seed + level, size, balanced=True)
+            climbed = climb(self.ascent, draws, min(tol, CLIMB), limit, self._tick, place.halt, place.factor)
             optima, before = self.place.optima.copy(), self.place.before or self.ascent.beliefs
             optima.add(self.ascent.beliefs, size)
             if self.num_steps >= self.max_steps and not climbed.converged:
@@ -245,22 +243,20 @@ class Run:
                 break
             if self.num_steps >= self.max_steps:
                 break
-            self.place = replace(self.place, level=level + 1, before=self.ascent.beliefs, optima=optima, halt=None)
+            place = replace(self.place, level=level + 1, halt=None, factor=climbed.factor)
+            self.place = replace(place, before=self.ascent.beliefs, optima=optima)
         self.stop_reason = self.stop_reason or failed
-        many = min(levels[-1], ENOUGH)
-        if self.num_steps < self.max_steps:
-            self.ascent.refuse_improper(self.place.seed, many, self.converged)
-        self.ascent.measure(Draws(fresh_seed(), many))
+        if self.num_steps < self.max_steps and (climbed.astray or not self.converged):
+            self.ascent.refuse_improper(self.place.seed, min(levels[-1], ENOUGH), self.converged)
+        self._measure(size, min(levels[-1], ENOUGH), tol)
 
-    def _affordable(self) -> tuple[int, ...]:
-        """The levels whose sweep costs at most `WORK` numbers, the first one twice where it is the only one: large data
-        determine their posterior from few draws.
-        """
-        messages = self.program.messages
-        factors = [name for name, plan in self.program.plans.items() if not plan.exact]
-        drawn = {name for factor in factors for name in self.program.plans[factor].sampled}
-        cost = messages.elements(factors) * max((self.program.blocks[name].num_directions for name in drawn), default=1)
-        return LEVELS[:1] + (tuple(size for size in LEVELS[1:] if size * cost <= WORK) or LEVELS[:1])
+    def _measure(self, size: int, most: int, tol: float) -> None:
+        """The bound on draws of its own: as many as the optimum was found on, four times as many while it is not known to 10 `tol`."""
+        while True:
+            self.ascent.measure(Draws(fresh_seed(), size))
+            if size >= most or self.ascent.bound_se <= 10 * tol:
+                return
+            size = min(4 * size, most)
 
     # -- minibatches and parameters --------------------------------------------------------------------------
 

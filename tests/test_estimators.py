@@ -20,12 +20,11 @@ from pyro_blr.estimators import (
     reparameterised,
     score_function,
     standard_error,
-    standard_normals,
-    uniform_levels,
 )
 from pyro_blr.families import Gamma
 from pyro_blr.likelihoods._expectations import Matrix
 from pyro_blr.likelihoods._parametrisations import inverse_point
+from pyro_blr.sequences import balanced, standard_normals, uniform_levels
 
 GAUSSIAN = ["Normal", "MultivariateNormal", "MultivariateNormal precision", "LogNormal", *SUPPORTS]
 CONTINUOUS = [n for n in DISTRIBUTIONS if n in ("Gamma", "Exponential", "Chi2", "InverseGamma", "Beta", "Dirichlet")]
@@ -348,3 +347,15 @@ def test_second_derivatives_of_a_matrix_in_batches() -> None:
     expected[1:, 1:] = 4.0
     expected[2, 2] += 2 * (-2 * leaves[:, 2]).exp().mean()
     torch.testing.assert_close(found["covariance"], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dims", [1, 5, 40])
+def test_balanced_draws_integrate_cubes_exactly(dims: int) -> None:
+    """z and −z with zᵀz = h I; h is too small for all second moments of 40 dims, whose variances are 1."""
+    levels = uniform_levels(16, dims, 3)
+    found = balanced(standard_normals(levels)[:8])
+    second = found.mT @ found / 16
+    assert bool((found[:8] == -found[8:]).all())
+    if dims <= 5:
+        torch.testing.assert_close(second, torch.eye(dims, dtype=torch.float64))
+    torch.testing.assert_close(second.diagonal(), torch.ones(dims, dtype=torch.float64))
