@@ -110,8 +110,11 @@ def _bounds(support: Any) -> list[Any]:
 
 
 def _inside_support(factor: Factor, value: Tensor) -> Tensor | None:
-    """Which data the distribution can produce; None where it cannot say, or its `validate_args=False` says not to look."""
-    if vars(unwrap(factor.distribution)[0]).get("_validate_args") is False:
+    """Which data the distribution can produce; None where it cannot say, or its own `validate_args=False` says not to look."""
+    base = unwrap(factor.distribution)[0]
+    if (
+        type(base)._validate_args and not base._validate_args
+    ):  # validation that is off everywhere says nothing of these data
         return None
     try:
         return factor.distribution.support.check(value)
