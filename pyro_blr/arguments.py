@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from pyro_blr.blocks import Block
+from pyro_blr.cuts import addends, refs_of
 from pyro_blr.families import Beta, Dirichlet, InverseGamma, MultivariateNormal, Normal, Wishart
 from pyro_blr.graph import FactorGraph
 from pyro_blr.kinds import Form
@@ -60,6 +62,13 @@ class Arguments:
         """Whether no coefficient of any argument changes while the data stay the same."""
         return all(self._is_constant.values())
 
+    def is_constant(self, argument: Argument) -> bool:
+        """Whether no coefficient of one of them does."""
+        return self._is_constant[argument.name]
+
+    def prepare(self, argument: Argument, moments: Moments) -> None:
+        """Before the argument is read off at these moments; what is cut at its predictors needs it."""
+
     def forget_map(self, name: str) -> None:
         """Frees the compiled map of an argument that is not needed any more."""
         self._maps[name] = None
@@ -67,7 +76,8 @@ class Arguments:
     def _has_constant_coefficients(self, argument: Argument) -> bool:
         """Whether only data, enumerated states and the argument's own blocks enter, so that its map can be compiled."""
         tape = self.graph.tape
-        mine = {site for name in (*argument.forms, *self.plan.enumerated) for site in self.blocks[name].site_names}
+        own = (view for name in (*argument.forms, *self.plan.enumerated) for view in self.blocks[name].views)
+        mine = {view.site.name for view in own}
         if not tape.latents_of(argument.ref) <= mine:
             return False
         return not any(x.requires_grad for x in tape.inputs_of([argument.ref]))
@@ -93,12 +103,27 @@ class Arguments:
         """The argument as a function of moments that does not run the program; None where there is none."""
         if argument.name not in self._maps:
             function = self._leaf_function(argument, env)
+            sites = self.graph.tape.latents_of(argument.ref)
             design_of = functools.partial(self.graph.tape.design_matrix, argument.ref)
-            self._maps[argument.name] = compiled(argument, function, self.blocks, moments, design_of)
+            self._maps[argument.name] = compiled(
+                argument, function, self._terms(argument, env), self.blocks, moments, sites, design_of
+            )
         return self._maps[argument.name]
 
     def _leaf_function(self, argument: Argument, env: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
         return lambda leaves: self._at(argument, env, leaves)
+
+    def _terms(self, argument: Argument, env: Mapping[str, Tensor]) -> list[Callable]:
+        """The argument's addends as functions of the leaves."""
+
+        def term(sign: float, part: Argument) -> Callable:
+            return lambda leaves: sign * self._at(part, env, leaves)
+
+        return [
+            term(sign, replace(argument, ref=ref))
+            for sign, ref in addends(self.graph.tape, argument.ref)
+            if any(self.graph.tape.latents_of(one) for one in refs_of(ref))
+        ]
 
     def _by_program(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Expectation:
         if argument.role is Linear:
@@ -118,9 +143,9 @@ class Arguments:
     def _at(self, argument: Argument, env: Mapping[str, Tensor], leaves: Mapping[str, Tensor] | None = None) -> Tensor:
         """The argument with the given leaves in place of the blocks' pseudo-points."""
         if leaves:
-            env = dict(env)
+            env, wanted = dict(env), self.graph.tape.latents_of(argument.ref)
             for name, leaf in leaves.items():
-                env.update(self.blocks[name].values(leaf))
+                env.update(self.blocks[name].values(leaf, wanted))
         return self.graph.tape.evaluate([argument.ref], env)[0]
 
     def _log(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Tensor:

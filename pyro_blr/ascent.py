@@ -190,12 +190,12 @@ class Ascent:
     def estimates(self, draws: Draws | None, controlled: bool = False) -> Tensor:
         """The ELBO from each draw, (S,): exact terms, plus the sampled ones given that draw."""
         messages = self.program.messages
-        exact = [name for name, plan in self.program.plans.items() if plan.deterministic]
+        exact = [name for name, plan in self.program.messages.plans.items() if plan.deterministic]
         silent, moments = self._silent(), None if self.beliefs.points else self.beliefs.wide
         total = messages.expected_log_prob(exact, self.beliefs.wide)
         total = total + messages.expected_log_jacobian(self.program.blocks, self.beliefs.wide)
         total = total + messages.entropy(self.beliefs.naturals, silent, moments).to(total.device)
-        if len(exact) == len(self.program.plans):
+        if len(exact) == len(self.program.messages.plans):
             return total.unsqueeze(0)
         assert draws is not None
         return total + self.targets.sampled_bound(self.beliefs, draws, controlled=controlled)
@@ -203,10 +203,10 @@ class Ascent:
     def expected_log_joint(self, draws: Draws | None) -> Tensor:
         """Σ_f s_f E_q[log f], differentiable in the model's parameters."""
         messages = self.program.messages
-        exact = [name for name, plan in self.program.plans.items() if plan.deterministic]
+        exact = [name for name, plan in self.program.messages.plans.items() if plan.deterministic]
         total = messages.expected_log_prob(exact, self.beliefs.wide)
         total = total + messages.expected_log_jacobian(self.program.blocks, self.beliefs.wide)
-        if draws is not None and len(exact) < len(self.program.plans):
+        if draws is not None and len(exact) < len(self.program.messages.plans):
             total = total + self.targets.sampled_bound(self.beliefs, draws).mean()
         return total
 
@@ -229,7 +229,7 @@ class Ascent:
         if math.isfinite(bound):
             return bound
         messages = self.program.messages
-        for name, plan in self.program.plans.items():
+        for name, plan in self.program.messages.plans.items():
             if plan.deterministic:
                 value = float(messages.expected_log_prob([name], self.beliefs.moments))
                 if not math.isfinite(value):

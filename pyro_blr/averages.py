@@ -231,12 +231,13 @@ class FactorAverage:
 
     def _environment(self, moments: Moments, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
         env: dict[str, Tensor] = {}
+        wanted = self.plan.factor.latents
         for name in self.plan.analytic:
-            env.update(self.blocks[name].values(mean_leaf(self.blocks[name], moments[name])))
+            env.update(self.blocks[name].values(mean_leaf(self.blocks[name], moments[name]), wanted))
         for name in self.plan.enumerated:
             env.update(self.points[name])
         for name in self.plan.sampled:
-            env.update(self.blocks[name].values(samples[name]))
+            env.update(self.blocks[name].values(samples[name], wanted))
         return env
 
     def _state_values(self, name: str, position: int) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from pyro_blr.families import (
     LogNormal,
     MultivariateNormal,
     Normal,
+    Pattern,
+    SparseNormal,
     TransformedNormal,
     family_of,
     pushforward_family,
@@ -44,6 +46,7 @@ class Block:
     batch_shape: torch.Size
     elements: int = 0
     states: Tensor | None = field(default=None, compare=False)
+    stacks: tuple[Member, ...] = field(default=(), compare=False)  # views of several like members at once
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -52,6 +55,11 @@ class Block:
     @property
     def site_names(self) -> tuple[str, ...]:
         return tuple(member.site.name for member in self.members)
+
+    @property
+    def views(self) -> tuple[Member, ...]:
+        """The members, and stacks of them."""
+        return (*self.members, *self.stacks)
 
     @property
     def is_joint(self) -> bool:
@@ -105,8 +113,11 @@ class Block:
         assert self.states is not None
         return self.states.shape[0]
 
-    def values(self, leaf: Tensor) -> dict[str, Tensor]:
-        """The sites' values at a value of the block's own variable; shape (*batch, *event) -> the model's shapes."""
+    def values(self, leaf: Tensor, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The sites' values at a value of the block's own variable; shape (*batch, *event) -> the model's shapes.
+
+        `wanted`: the sites that are asked for, where it is not all of them; a loop of T statements has T members.
+        """
         if not self.is_joint:
             site = self.members[0].site
             if isinstance(self.family, LogNormal):
@@ -114,7 +125,8 @@ class Block:
             elif isinstance(self.family, TransformedNormal):
                 leaf = self.family.constrain(leaf)
             return {site.name: leaf if leaf.shape == site.shape else leaf.reshape(site.shape)}
-        return {m.site.name: m.constrain(leaf[..., m.start : m.stop], self.batch_shape) for m in self.members}
+        members = self.members if wanted is None else [m for m in self.views if m.site.name in wanted]
+        return {m.site.name: m.constrain(leaf[..., m.start : m.stop], self.batch_shape) for m in members}
 
     def statistics(self, leaf: Tensor) -> Tensor:
         """T at values (*sample, *batch, *event) of the block's own variable."""
@@ -170,7 +182,7 @@ class Block:
 
 def is_gaussian(family: ExponentialFamily) -> bool:
     """Whether the family is a Gaussian over some variable: its own, its logarithm, or an unconstrained one."""
-    return isinstance(family, (Normal, MultivariateNormal, LogNormal, TransformedNormal))
+    return isinstance(family, (Normal, MultivariateNormal, SparseNormal, LogNormal, TransformedNormal))
 
 
 def _is_real(support: Any) -> bool:
@@ -180,11 +192,15 @@ def _is_real(support: Any) -> bool:
 
 
 def build_blocks(
-    graph: FactorGraph, blocks: str | Sequence[Sequence[str]] = "sites", flat: Collection[str] = ()
+    graph: FactorGraph,
+    blocks: str | Sequence[Sequence[str]] = "sites",
+    flat: Collection[str] = (),
+    patterns: Mapping[str, Pattern] | None = None,
 ) -> dict[str, Block]:
     """How q factorises: `"sites"`, `"elements"`, or a list of groups of site names (sites in no group stand alone).
 
-    The group of a site in `flat` keeps no plate as batch: elements of it are dependent in q.
+    The group of a site in `flat` keeps no plate as batch: elements of it are dependent in q.  `patterns`: block -> which of its
+    entries are, where its precision is sparse.
     """
     if not isinstance(blocks, str) and any(isinstance(group, str) for group in blocks):
         raise ValueError(
@@ -201,7 +217,9 @@ def build_blocks(
             group = grouped[name]
             if group[0] == name or "+".join(group) not in result:
                 keeps_plates = not any(member in flat for member in group)
-                result["+".join(group)] = _joint_block([graph.sites[member] for member in group], keeps_plates)
+                block = _joint_block([graph.sites[member] for member in group], keeps_plates)
+                pattern = (patterns or {}).get(block.name)
+                result[block.name] = block if pattern is None else replace(block, family=SparseNormal(pattern))
         else:
             elementwise = options_of(site).get("block", blocks) == "elements"
             result[name] = _site_block(site, elementwise)

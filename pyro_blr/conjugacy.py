@@ -6,6 +6,7 @@ one reads the recorded expression (`kinds`), the numerical one evaluates it (`pr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from pyro_blr.forms import (
 from pyro_blr.graph import Factor, FactorGraph
 from pyro_blr.kinds import Form, Kind, Sort, kind_of
 from pyro_blr.likelihoods import Likelihood, Linear, Vector, likelihood_of
+from pyro_blr.likeness import Alike
 from pyro_blr.plans import PROVED, Argument, FactorPlan, Verdict
 from pyro_blr.probe import Probe
 from pyro_blr.reasons import contradiction, family_name, in_two_arguments, misaligned, misfit, site_family, unrecorded
@@ -94,6 +96,7 @@ class _Judge:
         self.graph, self.blocks = graph, blocks
         self.block_of = {site: name for name, block in blocks.items() for site in block.site_names}
         self.probe = Probe(graph, blocks)
+        self.alike = Alike(graph, blocks)
 
     def replayed(self, factor: Factor, latents: frozenset[str], aligned: bool) -> FactorPlan:
         """A factor that only running the model can evaluate."""
@@ -149,10 +152,10 @@ class _Judge:
                         _Finding(None, False),
                     ),
                 )
-        findings = self._find(factor, arguments, continuous, reasons)
+        findings = self._find(factor, arguments, names, reasons)
         sampled = tuple(name for name in continuous if name in reasons)
         analytic = tuple(name for name in continuous if name not in reasons)
-        planned = tuple(self._planned(argument, findings, analytic) for argument in arguments)
+        planned = tuple(self._planned(argument, findings, analytic, names) for argument in arguments)
         verdicts = self._verdicts(factor, names, planned, findings, reasons, sampled)
         return FactorPlan(factor, likelihood, planned, enumerated, analytic, sampled, verdicts)
 
@@ -210,16 +213,18 @@ class _Judge:
     # -- the two judges -----------------------------------------------------------------------------------------------
 
     def _find(
-        self, factor: Factor, arguments: Sequence[Argument], continuous: Sequence[str], reasons: dict
+        self, factor: Factor, arguments: Sequence[Argument], names: Sequence[str], reasons: dict
     ) -> dict[tuple[str, str], _Finding]:
         findings: dict[tuple[str, str], _Finding] = {}
         where: dict[str, list[Argument]] = {}
         for argument in arguments:
             for name in self._blocks_of((argument.ref,)):
-                if name in continuous:
+                if not self.blocks[name].is_discrete:
                     where.setdefault(name, []).append(argument)
                     if name not in reasons:
-                        findings[argument.name, name] = self._judge(factor, argument, name)
+                        key = ("form", argument.role, names.index(name))
+                        judge = functools.partial(self._judge, factor, argument, name)
+                        findings[argument.name, name] = self.alike.once(key, [argument.ref], names, judge)
         for name, places in where.items():
             if name in reasons:
                 continue
@@ -275,14 +280,23 @@ class _Judge:
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
-    def _planned(self, argument: Argument, findings: Mapping, analytic: Sequence[str]) -> Argument:
+    def _planned(
+        self, argument: Argument, findings: Mapping, analytic: Sequence[str], names: Sequence[str]
+    ) -> Argument:
         forms = {name: findings[argument.name, name].form for name in analytic if (argument.name, name) in findings}
         mixed: dict[str, tuple[int, ...]] = {}
         products: tuple[tuple[str, ...], ...] = ()
         if argument.role in (Linear, Vector):
-            for name in forms:
-                mixed[name] = mixed_dims(self.probe, argument, self.blocks[name])
-            products = products_of(self.probe, argument, [self.blocks[name] for name in forms])
+
+            def places() -> tuple[dict, list]:  # blocks by their places among the factor's
+                dims = {names.index(name): mixed_dims(self.probe, argument, self.blocks[name]) for name in forms}
+                found = products_of(self.probe, argument, [self.blocks[name] for name in forms])
+                return dims, [tuple(map(names.index, each)) for each in found]
+
+            key = ("mixed", argument.role, *map(names.index, forms))
+            dims, multiplied = self.alike.once(key, [argument.ref], names, places)
+            mixed = {names[place]: found for place, found in dims.items()}
+            products = tuple(tuple(names[place] for place in each) for each in multiplied)
         return Argument(argument.name, argument.role, argument.ref, forms, mixed, products)
 
     def _verdicts(

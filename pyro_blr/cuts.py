@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,10 @@ __all__ = [
     "RowsBelow",
     "Sum",
     "above",
+    "addends",
     "below",
     "by_predictor",
+    "elsewhere",
     "in_rows",
     "known_nodes",
     "refs_of",
@@ -30,6 +32,9 @@ __all__ = [
     "unconstrained",
     "wide",
 ]
+
+
+_SIGNS = {"add": (1.0, 1.0), "radd": (1.0, 1.0), "sub": (1.0, -1.0), "rsub": (-1.0, 1.0), "neg": (-1.0,)}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def refs_of(ref: Any) -> list[Ref]:
 
 def transform_of(block: Block, site: str) -> Any:
     """The scalar bijection that a site's value is, element by element, of its block's variable; None where there is none."""
-    member = next(member for member in block.members if member.site.name == site)
+    member = next(member for member in block.views if member.site.name == site)
     family = block.family if not block.is_joint else member.family
     if isinstance(family, LogNormal):
         return transforms.ExpTransform()
@@ -75,11 +80,30 @@ def _is_uniform(transform: Any) -> bool:
     return all(value.numel() == 1 for value in own) and all(map(_is_uniform, parts))
 
 
-def unconstrained(block: Block, leaf: Tensor) -> dict[str, Tensor]:
-    """The block's variable in the shapes of its sites, for sites that are its image element by element."""
+def unconstrained(block: Block, leaf: Tensor, site: str) -> Tensor:
+    """The block's variable in the shape of a site that is its image element by element."""
     if not block.is_joint:
-        return {block.site_names[0]: leaf.reshape(block.sites[0].shape)}
-    return {m.site.name: leaf[..., m.start : m.stop].reshape(m.site.shape) for m in block.members}
+        return leaf.reshape(block.sites[0].shape)
+    member = next(member for member in block.views if member.site.name == site)
+    return member.unconstrained(leaf[..., member.start : member.stop], block.batch_shape)
+
+
+def addends(tape: Tape, ref: Any) -> list[tuple[float, Any]]:
+    """Signs and expressions whose sum an expression is, taken apart at sums and differences."""
+    if isinstance(ref, Sum):
+        return [found for term in ref.terms for found in addends(tape, term)]
+    if not isinstance(ref, Ref):
+        return [(1.0, ref)]
+    node = tape.nodes[ref.index]
+    signs = _SIGNS.get(node.name)
+    if signs is None or node.kwargs or len(node.args) != len(signs):
+        return [(1.0, ref)]
+    return [
+        (sign * inner, term)
+        for sign, side in zip(signs, node.args, strict=True)
+        if isinstance(side, Ref)
+        for inner, term in addends(tape, side)
+    ]
 
 
 def above(
@@ -93,11 +117,11 @@ def above(
     if isinstance(ref, Sum):
         first, second = (above(tape, term, env, blocks, inputs) for term in ref.terms)
         return first + second
-    values = dict(env)
+    values, wanted = dict(env), frozenset().union(*map(tape.latents_of, refs_of(ref)))
     for block, leaf in blocks:
-        values.update(block.values(leaf))
-        if isinstance(ref, Moved) and ref.site in block.site_names:
-            values[ref.site] = unconstrained(block, leaf)[ref.site]
+        values.update(block.values(leaf, wanted))
+        if isinstance(ref, Moved) and any(view.site.name == ref.site for view in block.views):
+            values[ref.site] = unconstrained(block, leaf, ref.site)
     return tape.evaluate(refs_of(ref), values, inputs)[0]
 
 
@@ -205,16 +229,29 @@ def _chosen(x: Any, rows: Tensor | None) -> Any:
 def moved_on(cut: Cut, start: int, log_prob: Any) -> Cut:
     """The cut in another recording of the log density: what is inside it has moved with its beginning."""
     shift = start - cut.start
+    return elsewhere(cut, log_prob, start, lambda index: index + shift if index >= cut.start else index)
+
+
+def elsewhere(
+    cut: Cut,
+    log_prob: Any,
+    start: int,
+    node_of: Callable[[int], int],
+    site_of: Callable[[str], str] = lambda site: site,
+    block_of: Callable[[str], str] = lambda block: block,
+) -> Cut:
+    """The cut in expressions that are alike, by the nodes, sites and blocks that correspond."""
 
     def ref(old: Any) -> Any:
         if isinstance(old, Sum):
             return Sum((ref(old.terms[0]), ref(old.terms[1])))
         if isinstance(old, Moved):
-            return Moved(ref(old.ref), old.site)
-        return Ref(old.index + shift) if old.index >= cut.start else old
+            return Moved(ref(old.ref), site_of(old.site))
+        return Ref(node_of(old.index))
 
     def argument(old: Argument) -> Argument:
-        return replace(old, ref=ref(old.ref))
+        forms = {block_of(name): form for name, form in old.forms.items()}
+        return replace(old, ref=ref(old.ref), forms=forms, mixed={block_of(n): d for n, d in old.mixed.items()})
 
     predictors = tuple(replace(p, node=ref(Ref(p.node)).index, argument=argument(p.argument)) for p in cut.predictors)
     joint = None if cut.joint is None else argument(cut.joint)

@@ -39,7 +39,7 @@ def is_elementwise(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str
 def _stands_exchanges(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str]) -> bool:
     generator = torch.Generator().manual_seed(29)
     with torch.no_grad(), isolated_random_state(0):
-        env = probe.site_values({})
+        env = probe.site_values({}, plan.factor.latents)
         leaves = [_leaves(probe, names) for _ in range(2)]
         made = plan.factor.constructed
         assert made is not None
@@ -48,7 +48,7 @@ def _stands_exchanges(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[
         tables = {
             corner: _table(probe, plan, cut, env, [points[c][i] for i, c in enumerate(corner)]) for corner in corners
         }
-        values = {**env, **{site: v for block, leaf in leaves[0] for site, v in block.values(leaf).items()}}
+        values = {**env, **{site: v for block, leaf in leaves[0] for site, v in block.values(leaf, env).items()}}
         first = tables[corners[0]]
         if not bool(first.isfinite().any()) or not _same(_table(probe, plan, Cut(()), values, ()), first):
             return False
@@ -65,11 +65,11 @@ def _stands_exchanges_of_rows(probe: Probe, plan: FactorPlan, cut: Cut, names: S
     made, generator = plan.factor.constructed, torch.Generator().manual_seed(29)
     assert made is not None
     with torch.no_grad(), isolated_random_state(0):
-        env = probe.site_values({})
+        env = probe.site_values({}, plan.factor.latents)
         leaves = [_leaves(probe, names) for _ in range(2)]
         rows = [in_rows(cut, _points(probe, cut, env, leaf), made.batch_shape) for leaf in leaves]
         first, second = (_table(probe, plan, cut, env, by_predictor(cut, points)) for points in rows)
-        values = {**env, **{site: v for block, leaf in leaves[0] for site, v in block.values(leaf).items()}}
+        values = {**env, **{site: v for block, leaf in leaves[0] for site, v in block.values(leaf, env).items()}}
         if not bool(first.isfinite().any()) or not _same(_table(probe, plan, Cut(()), values, ()), first):
             return False
         for _ in range(_EXCHANGES):
@@ -86,7 +86,7 @@ def is_smooth_in_rows(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[
     assert made is not None
     inputs = wide(probe.graph.tape.inputs)
     with isolated_random_state(0):
-        env = probe.site_values({})
+        env = probe.site_values({}, plan.factor.latents)
         with torch.no_grad():
             rows = torch.stack(
                 [in_rows(cut, _points(probe, cut, env, _leaves(probe, names)), made.batch_shape) for _ in range(_LINES)]
@@ -108,7 +108,7 @@ def is_by_rows(probe: Probe, plan: FactorPlan, cut: Cut, names: Sequence[str]) -
     if plan.enumerated:
         return False
     with torch.no_grad(), isolated_random_state(0):
-        env = probe.site_values({})
+        env = probe.site_values({}, plan.factor.latents)
         points = _points(probe, cut, env, _leaves(probe, names))
         table = _table(probe, plan, cut, env, points).flatten()
         rows = torch.arange(table.numel(), device=table.device).flip(0)[::2]

@@ -8,53 +8,29 @@ each is exact given the other.  Plates that all sites of a group share remain a 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
-
-from torch.distributions import constraints
 
 from pyro_blr.blocks import Block, build_blocks, in_same_plates, is_gaussian
 from pyro_blr.conjugacy import analyse
+from pyro_blr.couplings import across_scales, in_location
 from pyro_blr.families import MultivariateNormal, Normal, TransformedNormal, pushforward_family
 from pyro_blr.graph import FactorGraph, Site
+from pyro_blr.groupings import Grouping, blocks_of
 from pyro_blr.likelihoods import Linear, Vector
+from pyro_blr.patterns import described, pattern_of
 from pyro_blr.plans import FactorPlan
 from pyro_blr.predictors import with_quadrature
 
-__all__ = ["Grouping", "blocks_of", "choose_groups"]
+__all__ = ["choose_groups"]
 
 MOST = {"affine": 2000, "quadrature": 500, "draws": 200}  # dimensions of a dense block, by its costliest common factor
+SPARSE = 1_000_000  # of one whose precision is sparse
 _SLACK = 1.1  # how many times its own event a large site's block may have, however large
 _NUMBERS = 2000**2  # numbers in the covariances of a block in plates
-_SCALES = (  # constraints of arguments that say how wide a distribution is
-    constraints.positive,
-    constraints.nonnegative,
-    constraints.positive_definite,
-    constraints.lower_cholesky,
-)
 _ROUNDS = 10  # of grouping, analysing, and taking back what was no longer exact
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """Groups of site names, and the sites whose group keeps no plate as batch; why, in words."""
-
-    groups: tuple[tuple[str, ...], ...] = ()
-    flat: frozenset[str] = frozenset()
-    notes: tuple[str, ...] = ()
-    judged: tuple[FactorGraph, Mapping[str, FactorPlan]] | None = field(default=None, compare=False, repr=False)
-
-    def plans_of(self, graph: FactorGraph) -> Mapping[str, FactorPlan] | None:
-        """The verdicts under the groups, where they were found on this very run."""
-        return self.judged[1] if self.judged is not None and self.judged[0] is graph else None
-
-
-def blocks_of(graph: FactorGraph, factorisation: str | Sequence[Sequence[str]] | Grouping) -> dict[str, Block]:
-    """The factors of q over the sites of a run."""
-    if isinstance(factorisation, Grouping):
-        return build_blocks(graph, factorisation.groups, factorisation.flat)
-    return build_blocks(graph, factorisation)
 
 
 def choose_groups(graph: FactorGraph, unfaithful: Mapping[str, frozenset[str]]) -> Grouping:
@@ -69,7 +45,14 @@ def choose_groups(graph: FactorGraph, unfaithful: Mapping[str, frozenset[str]]) 
         joint = blocks_of(graph, grouping)
         found = with_quadrature(graph, joint, analyse(graph, joint, unfaithful), judged=False)
         if not search.learn(joint, found):
-            return replace(grouping, judged=(graph, found))
+            large = {name: pattern_of(graph, joint, found, name) for name in search.large(joint)}
+            patterns = {name: pattern for name, pattern in large.items() if pattern is not None}
+            if len(patterns) == len(large):
+                sparse = replace(
+                    grouping, patterns=patterns, notes=(*grouping.notes, *map(described, patterns.values()))
+                )
+                return replace(sparse, judged=(graph, found))
+            search.keep_apart(joint[name] for name in set(large) - set(patterns))
     return Grouping(
         notes=(f"no grouping of sites was found in {_ROUNDS} rounds: every site is kept by itself",),
         judged=(graph, plans),
@@ -92,6 +75,7 @@ class _Search:
         self.order = {name: place for place, name in enumerate(blocks)}
         self.apart: set[frozenset[str]] = set()
         self.flat: set[str] = set()
+        self.dense: set[str] = set()  # sites whose large Gaussian would not be sparse
         self.edges = [edge for plan in plans.values() for edge in self._edges(plan)]
         for plan in plans.values():
             self._flatten_mixed(blocks, plan)
@@ -136,43 +120,24 @@ class _Search:
         pairs = [(pair, "affine") for pair in combinations(sorted(affine & self.candidates), 2)]
         pairs = [(pair, how) for pair, how in pairs if frozenset(pair) not in multiplied]
         pairs += [(pair, kind) for pair in combinations(drawn, 2)]
-        pairs += [((a, b), kind) for a in drawn for b in sorted(affine & self.candidates) if self._in_location(plan, a)]
-        if plan.sampled and self._is_latent_on_the_line(plan):
-            self.apart |= self._across_scales(plan)
-        if plan.enumerated or plan.sampled and self._is_latent_on_the_line(plan):
-            pairs = [(pair, how) for pair, how in pairs if frozenset(pair) not in self._across_scales(plan)]
+        pairs += [
+            ((a, b), kind) for a in drawn for b in sorted(affine & self.candidates) if in_location(self.graph, plan, a)
+        ]
+        if plan.sampled and self._is_funnel(plan):
+            self.apart |= across_scales(self.graph, plan)
+        if plan.enumerated or plan.sampled and self._is_funnel(plan):
+            pairs = [(pair, how) for pair, how in pairs if frozenset(pair) not in across_scales(self.graph, plan)]
         return [_Edge(frozenset(pair), plan.factor.name, how) for pair, how in pairs if self._compatible(*pair)]
 
     def _is_real(self, name: str) -> bool:
         return isinstance(self.blocks[name].family, (Normal, MultivariateNormal))
 
-    def _in_location(self, plan: FactorPlan, drawn: str) -> bool:
-        """Whether a site without a closed form is part of a location, and so correlated with the others there.
-
-        A scale is not, if data are observed: E ∂² log N(y | m, s) / ∂m ∂s = 0; and the others keep their closed form given it.
-        """
-        latents_of = self.graph.tape.latents_of
-        return any(drawn in latents_of(a.ref) for a in plan.arguments if a.role in (Linear, Vector))
-
-    def _is_latent_on_the_line(self, plan: FactorPlan) -> bool:
-        """Whether a factor is a funnel: its joint density in a real value and its scale is unbounded where the scale vanishes.
+    def _is_funnel(self, plan: FactorPlan) -> bool:
+        """Whether a factor's joint density in a real value and its scale is unbounded where the scale vanishes.
 
         Averaged over the value by itself it is not; and draws of both are too few to see which.
         """
         return any(self._is_real(site) for site in self.graph.tape.latents_of(plan.factor.value))
-
-    def _across_scales(self, plan: FactorPlan) -> set[frozenset[str]]:
-        """Pairs of a site in a scale and one in the value or another argument.
-
-        Where a discrete site chooses a location for each datum, a scale that follows at once settles on the first choice.
-        """
-        made, latents_of = plan.factor.constructed, self.graph.tape.latents_of
-        scales: set[str] = set()
-        others = set(latents_of(plan.factor.value))
-        constraint_of = getattr(made.distribution_class, "arg_constraints", {}) if made is not None else {}
-        for name, ref in made.arguments.items() if made is not None else ():
-            (scales if constraint_of.get(name) in _SCALES else others).update(latents_of(ref))
-        return {frozenset((a, b)) for a in scales - others for b in others}
 
     def _compatible(self, a: str, b: str) -> bool:
         one, other = self.graph.sites[a], self.graph.sites[b]
@@ -203,11 +168,17 @@ class _Search:
             kind_of[union] = kind
             group_of |= dict.fromkeys(union, union)
         found = {group for group in group_of.values() if len(group) > 1 or group & self.flat}
-        ordered = [tuple(sorted(group, key=self.order.__getitem__)) for group in found]
-        groups = sorted(ordered, key=lambda group: self.order[group[0]])
+        ordered = [self._like_by_like(group) for group in found]
+        groups = sorted(ordered, key=lambda group: min(map(self.order.__getitem__, group)))
         kept = [text for pair, text in refused.items() if len({group_of[name] for name in pair}) > 1]
         notes = [*map(self._reason, groups), *dict.fromkeys(kept)]
         return Grouping(tuple(groups), frozenset(self.flat), tuple(notes))
+
+    def _like_by_like(self, group: Iterable[str]) -> tuple[str, ...]:
+        """In the model's order, the sites that a loop makes of one kind (`z_0`, `z_1`, …) one after the other."""
+        ordered = sorted(group, key=self.order.__getitem__)
+        kinds = list(dict.fromkeys(map(_without_numbers, ordered)))
+        return tuple(sorted(ordered, key=lambda name: kinds.index(_without_numbers(name))))
 
     def _dimensions(self, group: Iterable[str]) -> int:
         """The length of the group's variable: of one batch element where it keeps its plates."""
@@ -228,15 +199,16 @@ class _Search:
         sites = [self.graph.sites[name] for name in sorted(group, key=self.order.__getitem__)]
         size, keeps = self._dimensions(group), self._keeps_plates(sites)
         own = max(self._event(site) for site in sites)
+        batch = sites[0].batch_shape.numel() if keeps else 1
         names = " and ".join(site.name for site in sites) if len(group) < 6 else f"{len(group)} sites"
         if not keeps and any(p.subsample_size != p.size for site in sites for p in site.plates):
             return f"{names} are in different plates, one of them subsampled: kept apart"
-        if size > MOST[kind] and size > _SLACK * own:
+        sparse = kind != "draws" and size <= SPARSE and not self.dense & group and (not keeps or batch == 1)
+        if size > MOST[kind] and size > _SLACK * own and not sparse:
             how = "" if kind == "affine" else f" for factors averaged by {kind}"
             return f"a joint block of {names} would have {size:,} dimensions, beyond {MOST[kind]:,}{how}: kept apart"
-        batch = sites[0].batch_shape.numel() if keeps else 1
         apart = sum(site.batch_shape.numel() * self._event(site) ** 2 for site in sites)
-        if batch * size**2 > max(_NUMBERS, 4 * apart):
+        if batch * size**2 > max(_NUMBERS, 4 * apart) and not sparse:
             return f"a joint block of {names} would hold {batch * size**2:,} covariances: kept apart"
         return ""
 
@@ -274,6 +246,30 @@ class _Search:
             self._flatten_mixed(blocks, plan)
         return before != (len(self.apart), len(self.flat))
 
+    def large(self, blocks: Mapping[str, Block]) -> list[str]:
+        """Joint blocks that are too large to be dense."""
+        return [
+            name
+            for name, block in blocks.items()
+            if block.is_joint
+            and block.batch_shape.numel() == 1
+            and block.num_directions > self._most(block)
+            and block.num_directions > _SLACK * max(self._event(site) for site in block.sites)
+        ]
+
+    def _most(self, block: Block) -> int:
+        """What the edges inside allowed; of elements of a single site, what its factors do."""
+        kinds = [edge.kind for edge in self.edges if edge.sites <= set(block.site_names)]
+        if not kinds and any(not p.exact for p in self.plans.values() if p.factor.latents & set(block.site_names)):
+            kinds = ["quadrature"]
+        return MOST[functools.reduce(_costlier, kinds, "affine")]
+
+    def keep_apart(self, blocks: Iterable[Block]) -> None:
+        """Takes back large groups without a sparse precision."""
+        for block in blocks:
+            self.dense |= set(block.site_names)
+            self.flat -= set(block.site_names)
+
     def _put_apart(self, name: str, blocks: Mapping[str, Block], plan: FactorPlan) -> None:
         here = self.graph.factors[name].latents
         for block in (*plan.sampled, *plan.integrated):
@@ -290,8 +286,14 @@ class _Search:
                 if joins and (event or isinstance(block.family, Normal)) and any(dim < -event for dim in dims):
                     size = block.num_directions * block.batch_shape.numel()
                     whole = all(plate.subsample_size == plate.size for plate in block.plates)
-                    if whole and size <= MOST["affine" if plan.exact else "quadrature"]:
+                    most = MOST["affine" if plan.exact else "quadrature"]
+                    sparse = plan.deterministic and size <= SPARSE and not self.dense & set(block.site_names)
+                    if whole and (size <= most or sparse):
                         self.flat |= set(block.site_names)
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "", name)
 
 
 def _costlier(a: str, b: str) -> str:

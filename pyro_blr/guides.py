@@ -19,7 +19,8 @@ from pyro_blr.arbiter import unfaithful_factors
 from pyro_blr.blocks import Block
 from pyro_blr.capture import capture
 from pyro_blr.graph import FactorGraph, Site
-from pyro_blr.groups import Grouping, blocks_of, choose_groups
+from pyro_blr.groupings import Grouping, blocks_of
+from pyro_blr.groups import choose_groups
 from pyro_blr.initial import initial_natural
 from pyro_blr.marginals import bijection_of, marginal, member_values, site_distribution, variable_distribution
 from pyro_blr.masks import row_masks

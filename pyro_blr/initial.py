@@ -23,6 +23,7 @@ from pyro_blr.families import (
     LogNormal,
     MultivariateNormal,
     Normal,
+    SparseNormal,
     TransformedNormal,
     Wishart,
     family_of,
@@ -127,7 +128,9 @@ def _natural_of_pushforward(block: Block, family: Any, base: Any, distribution: 
 
 
 def diagonal_natural(family: Any, mean: Tensor, variance: Tensor) -> Tensor:
-    """λ of independent Gaussians, in a Normal, DiagonalNormal or MultivariateNormal family."""
+    """λ of independent Gaussians, in a Normal, DiagonalNormal, MultivariateNormal or SparseNormal family."""
+    if isinstance(family, SparseNormal):
+        return family.independent(mean, variance)
     if isinstance(family, DiagonalNormal):
         return family.natural_of(mean, variance)
     first, second = mean / variance, -0.5 / variance
@@ -185,6 +188,8 @@ def _moments_of_prior(site: Site, mean: Tensor, variance: Tensor) -> tuple[Tenso
 
 def joint_natural(block: Block, given: Mapping[str, Any]) -> Tensor:
     """λ of a joint Gaussian of independent members: each at what is `given` for it, else at its prior."""
+    if isinstance(block.family, SparseNormal):
+        return _sparse_natural(block, block.family, given)
     size = block.family.event_shape[0]
     options: dict[str, Any] = {"dtype": block.dtype, "device": block.device}
     mean = torch.zeros(*block.batch_shape, size, **options)
@@ -210,6 +215,24 @@ def joint_natural(block: Block, given: Mapping[str, Any]) -> Tensor:
     return block.family.from_distribution(gaussian)
 
 
+def _sparse_natural(block: Block, family: SparseNormal, given: Mapping[str, Any]) -> Tensor:
+    """The same, of independent entries: no prior within an event is kept but its variances."""
+    means, variances = [], []
+    for member in block.members:
+        site, bijection = member.site, bijection_of(member.site)[0]
+        start = given.get(site.name, site.distribution)
+        options: dict[str, Any] = {"dtype": torch.float64, "device": block.device}
+        mean, variance = (torch.full((member.stop - member.start,), value, **options) for value in (0.0, 1.0))
+        if isinstance(start, Tensor):
+            mean = (start if bijection is None else bijection.inv(start)).reshape(-1).to(mean)
+            variance = torch.full_like(variance, WIDTH**2)
+        elif bijection is None:
+            mean, variance = _moments_of_prior(_with(site, start), mean, variance)
+        means.append(mean)
+        variances.append(variance)
+    return family.independent(torch.cat(means), torch.cat(variances))
+
+
 def _with(site: Site, distribution: Any) -> Site:
     return replace(site, distribution=distribution)
 
@@ -227,6 +250,9 @@ def moments_at(block: Block, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         u = u.reshape((*u.shape[: u.dim() - 1 - block.elements], *_elements_of(block), *base.event_shape))
         if isinstance(base, MultivariateNormal):
             return {"mean": u, "covariance": u.new_zeros(*u.shape, u.shape[-1])}
+        if isinstance(base, SparseNormal):
+            rest = u.new_zeros(*u.shape[:-1], base.elimination.size - base.dimension)
+            return {"mean": u, "variance": torch.zeros_like(u), "entries": rest}
         return {"mean": u, "variance": torch.zeros_like(u)}
     value = values[block.sites[0].name]
     if isinstance(family, Gamma):

@@ -22,7 +22,7 @@ from pyro_blr.rows import RowMoments
 from pyro_blr.shapes import broadcast_shape
 from pyro_blr.tape import Ref
 
-__all__ = ["FactorIntegral", "log_jacobian"]
+__all__ = ["FactorIntegral", "PredictorMoments", "log_jacobian"]
 
 FEWEST_POINTS, MOST_POINTS = 64, 4096  # of a row, where its predictors are many
 FRESH = 4  # times as many points judge how far these are off
@@ -30,7 +30,7 @@ ENOUGH = 0.03  # nats of error in a factor's sum over rows that are not worth mo
 WORK = 200_000_000  # numbers at most in the second derivatives at all points of all rows
 
 
-class _PredictorMoments(Arguments):
+class PredictorMoments(Arguments):
     """Mean and variance of predictors under q, in float64 whatever the model's own precision."""
 
     def __init__(self, graph: FactorGraph, blocks: Mapping[str, Block], plan: FactorPlan):
@@ -42,13 +42,16 @@ class _PredictorMoments(Arguments):
         self._means: list[tuple[Block, Tensor]] = []
 
     def moments(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> tuple[Tensor, Tensor]:
-        self._means = [(self.blocks[name], moments[name]["mean"].detach()) for name in argument.forms]
+        self.prepare(argument, moments)
         found: Any = self.expectation(argument, env, moments)
         return found.mean, found.variance
 
+    def prepare(self, argument: Argument, moments: Moments) -> None:
+        self._means = [(self.blocks[name], moments[name]["mean"].detach()) for name in argument.forms]
+
     def _has_constant_coefficients(self, argument: Argument) -> bool:
         parts = [Argument(argument.name, argument.role, ref, argument.forms) for ref in refs_of(argument.ref)]
-        return all(super(_PredictorMoments, self)._has_constant_coefficients(part) for part in parts)
+        return all(super(PredictorMoments, self)._has_constant_coefficients(part) for part in parts)
 
     def _only_moves(self, argument: Argument) -> bool:
         return isinstance(argument.ref, Ref) and super()._only_moves(argument)
@@ -56,7 +59,11 @@ class _PredictorMoments(Arguments):
     def compiled(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Any:
         if argument.name not in self._maps:
             function = self._leaf_function(argument, env)
-            self._maps[argument.name] = compiled(argument, function, self.blocks, moments, self._wide_design(argument))
+            sites = frozenset().union(*map(self.graph.tape.latents_of, refs_of(argument.ref)))
+            design_of = self._wide_design(argument)
+            self._maps[argument.name] = compiled(
+                argument, function, self._terms(argument, env), self.blocks, moments, sites, design_of
+            )
         return self._maps[argument.name]
 
     def _wide_design(self, argument: Argument) -> Callable[[str], Tensor | None]:
@@ -83,7 +90,7 @@ class FactorIntegral:
     def __init__(self, graph: FactorGraph, blocks: Mapping[str, Block], plan: FactorPlan):
         assert plan.cut is not None and plan.factor.constructed is not None
         self.graph, self.plan, self.cut, self.made = graph, plan, plan.cut, plan.factor.constructed
-        self.predictors = _PredictorMoments(graph, blocks, plan)
+        self.predictors = PredictorMoments(graph, blocks, plan)
         self.rows = RowMoments(graph, blocks, plan) if plan.cut.is_wide else None
         self.points = max(FEWEST_POINTS, 8 * plan.cut.numbers)
         self.inputs: list[Tensor] | None = None

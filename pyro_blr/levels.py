@@ -16,7 +16,7 @@ def levels_of(program: Program) -> tuple[int, ...]:
     """The levels whose sweep costs at most `_WORK` numbers, the first one twice where it is the only one: large data
     determine their posterior from few draws.
     """
-    plans, blocks = program.plans, program.blocks
+    plans, blocks = program.messages.plans, program.blocks
     factors = [name for name, plan in plans.items() if not plan.exact]
     drawn = [blocks[name] for name in {name for factor in factors for name in plans[factor].sampled}]
     dims = sum(block.batch_shape.numel() * block.num_directions for block in drawn)

@@ -6,7 +6,8 @@ output sees one entry of x the map is a gather; otherwise its columns C_l are ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +53,20 @@ LeafFunction = Callable[[Mapping[str, Tensor]], Tensor]
 def compiled(
     argument: Argument,
     function: LeafFunction,
+    terms: Sequence[LeafFunction],
     blocks: Mapping[str, Block],
     moments: Moments,
+    sites: Collection[str],
     design_of: Callable[[str], Tensor | None] = lambda site: None,
 ) -> Callable[[Moments], Expectation] | None:
     """moments ↦ the argument's expectations, without running the program; None where its form is not one of these.
 
-    `function` is the argument as a function of the leaves of its blocks; `design_of(site)` its matrix, where that is at hand.
+    `function` is the argument as a function of the leaves of its blocks, in which only `sites` matter, and but for what is
+    constant the sum of `terms`; `design_of(site)` its matrix, where that is at hand.
     """
     try:
         if argument.role is Linear:
-            return _affine(argument, function, blocks, moments, design_of)
+            return _affine(argument, function, terms, blocks, moments, sites, design_of)
         if len(argument.forms) != 1:
             return None
         ((name, form),) = argument.forms.items()
@@ -234,7 +238,7 @@ class AffineMap:
             mean = m if mean is None else mean + m
             variance = v if variance is None else variance + v
         for name, joint in self.joints.items():
-            m, v = joint.mean(moments[name]["mean"]), joint.variance(moments[name]["covariance"])
+            m, v = joint.mean(moments[name]["mean"]), joint.variance(moments[name])
             mean = m if mean is None else mean + m
             variance = v if variance is None else variance + v
         assert mean is not None
@@ -277,11 +281,18 @@ def _diagonal(moments: Mapping[str, Tensor]) -> Tensor:
     return moments["variance"]
 
 
+def _changed(term: LeafFunction, leaves: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """What a term is at x more than at zero."""
+    return term({**leaves, name: x}) - term(leaves)
+
+
 def _affine(
     argument: Argument,
     function: LeafFunction,
+    terms: Sequence[LeafFunction],
     blocks: Mapping[str, Block],
     moments: Moments,
+    sites: Collection[str],
     design_of: Callable[[str], Tensor | None],
 ) -> Any:
     if argument.products:
@@ -297,7 +308,8 @@ def _affine(
             return function({**leaves, name: x}) - offset
 
         if blocks[name].is_joint:
-            joint = joint_map(blocks[name], change, like, design_of)
+            changes = [functools.partial(_changed, term, leaves, name) for term in terms]
+            joint = joint_map(blocks[name], changes, like, sites, design_of)
             if joint is None:
                 return None
             joints[name] = joint

@@ -16,10 +16,12 @@ from pyro_blr.distributions import IndexCategorical, InverseGammaWithMoments, Pu
 from pyro_blr.families import (
     Categorical,
     Dirichlet,
+    GaussianField,
     InverseGamma,
     LogNormal,
     MultivariateNormal,
     Normal,
+    SparseNormal,
     TransformedNormal,
     pushforward_family,
 )
@@ -96,6 +98,8 @@ def _in_precision(distribution: Any, dtype: torch.dtype) -> Any:
         return _in_precision(distribution.base_dist, dtype).to_event(distribution.reinterpreted_batch_ndims)
     if isinstance(distribution, dist.Normal):
         return dist.Normal(distribution.loc.to(dtype), distribution.scale.to(dtype), validate_args=False)
+    if isinstance(distribution, GaussianField):
+        return distribution.in_precision(dtype)
     scale_tril = distribution.scale_tril.to(dtype)
     if isinstance(distribution, dist.MultivariateNormal):
         return dist.MultivariateNormal(distribution.loc.to(dtype), scale_tril=scale_tril, validate_args=False)
@@ -126,11 +130,15 @@ def marginal(block: Block, name: str, natural: Tensor) -> Any:
         return site_distribution(block, natural)
     member = next(member for member in block.members if member.site.name == name)
     bijection, shape = bijection_of(member.site)
-    mean, covariance = gaussian_moments(block, natural)
-    index = slice(member.start, member.stop)
-    mean, covariance = mean[..., index], covariance[..., index, index]
     own = member.site.batch_shape[len(block.batch_shape) :]
-    if own:
+    index = slice(member.start, member.stop)
+    if isinstance(block.family, SparseNormal):
+        mean, covariance = _sparse_moments(block.family, member, natural, own.numel())
+        mean, covariance = mean.reshape(*own, -1), covariance.reshape(*own, shape.numel(), shape.numel())
+    else:
+        mean, covariance = gaussian_moments(block, natural)
+        mean, covariance = mean[..., index], covariance[..., index, index]
+    if own and not isinstance(block.family, SparseNormal):
         mean = mean.reshape(*own, shape.numel())
         covariance = covariance.reshape(own.numel(), shape.numel(), own.numel(), shape.numel())
         covariance = covariance.diagonal(dim1=0, dim2=2).movedim(-1, 0).reshape(*mean.shape, shape.numel())
@@ -146,8 +154,30 @@ def marginal(block: Block, name: str, natural: Tensor) -> Any:
     return PushedNormal(base, [*reshape, bijection], member.site.support)
 
 
-def gaussian_moments(block: Block, natural: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (*batch, d) and covariance (*batch, d, d) of a Gaussian block's flat unconstrained variable."""
+def _sparse_moments(family: SparseNormal, member: Member, natural: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean (count, d) and covariance (count, d, d) of the values of a site that is `count` values of d numbers."""
+    moments, device = family.moments(natural), natural.device
+    entries = torch.arange(member.start, member.stop, device=device).reshape(count, -1)
+    spread = torch.cat([moments["variance"], moments["entries"]], -1)
+    if entries.shape[-1] == 1:
+        return moments["mean"][..., entries], spread[..., entries].unsqueeze(-1)
+    try:
+        places = family.places(entries.unsqueeze(-1), entries.unsqueeze(-2))
+    except ValueError:  # values whose own entries are not coupled: their covariances are solved for
+        law = family.to_distribution(natural)
+        return moments["mean"][..., entries], torch.stack([law.covariance(one) for one in entries])
+    return moments["mean"][..., entries], spread[..., places]
+
+
+def gaussian_moments(block: Block, natural: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean (*batch, d) and covariance (*batch, d, d) of a Gaussian block's flat unconstrained variable, or of some entries of it."""
+    if isinstance(block.family, SparseNormal):
+        law = block.family.to_distribution(natural)
+        index = torch.arange(block.family.dimension, device=natural.device) if index is None else index
+        return law.loc[..., index], law.covariance(index)
+    if index is not None:
+        mean, covariance = gaussian_moments(block, natural)
+        return mean[..., index], covariance[..., index, :][..., index]
     moments = block.family.moments(natural)
     mean = moments["mean"]
     if "covariance" not in moments and mean.dim() == natural.dim():  # independent elements of one event

@@ -14,7 +14,7 @@ from pyro_blr.arguments import Moments
 from pyro_blr.averages import FactorAverage
 from pyro_blr.batches import batched
 from pyro_blr.blocks import Block
-from pyro_blr.families import MultivariateNormal
+from pyro_blr.families import MultivariateNormal, SparseNormal
 from pyro_blr.graph import FactorGraph
 from pyro_blr.integrals import FactorIntegral, log_jacobian
 from pyro_blr.plans import FactorPlan
@@ -86,7 +86,7 @@ class Messages:
 
     def is_coupled(self, block: str) -> bool:
         """Whether some factor combines several batch elements of a Gaussian block, which q holds to be independent."""
-        event = 1 if isinstance(self.blocks[block].family, MultivariateNormal) else 0
+        event = 1 if isinstance(self.blocks[block].family, (MultivariateNormal, SparseNormal)) else 0
         return any(
             dim < -event
             for name in self.factors_of[block]

@@ -6,7 +6,8 @@ scattered instead of multiplied, so that a thousand random effects cost no more 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from pyro_blr.blocks import Block
+from pyro_blr.families import ExponentialFamily, SparseNormal, TransformedNormal
 from pyro_blr.gathers import columns_of
+from pyro_blr.members import Member
 
-__all__ = ["Entries", "JointMap", "Slab", "gram_of_pieces", "joint_map"]
+__all__ = ["Entries", "JointMap", "Slab", "joint_map"]
 
-_ROWS = 1 << 15  # rows of dense columns taken to float64 at once
+_WIDEST = 16  # places in an event at most that outputs may see all of
 _CHECKS = 2  # random values that an index read off must agree with
 
 
@@ -46,19 +49,27 @@ class Slab:
         part = x.reshape(-1)[self.start : self.start + flat.shape[0]]
         return (part @ flat).reshape(self.columns.shape[1:])
 
+    @property
+    def entries(self) -> Tensor:
+        """Which entries it sees."""
+        return self.start + torch.arange(self.columns.shape[0], device=self.columns.device)
+
 
 class JointMap:
-    """The sum of a joint block's pieces: its mean and variance at the block's mean (*batch, D) and covariance (*batch, D, D)."""
+    """The sum of a joint block's pieces: its mean and variance at the block's moments, mean (*batch, D) and covariances."""
 
-    def __init__(self, pieces: Sequence[Entries | Slab], size: int, num_batch: int):
-        self.pieces, self.size, self.num_batch = tuple(pieces), size, num_batch
+    def __init__(self, pieces: Sequence[Entries | Slab], size: int, num_batch: int, family: ExponentialFamily):
+        self.pieces, self.size, self.num_batch, self.family = tuple(pieces), size, num_batch, family
 
     def mean(self, mean: Tensor) -> Tensor:
         return sum((piece(mean) for piece in self.pieces[1:]), self.pieces[0](mean))
 
-    def variance(self, covariance: Tensor) -> Tensor:
+    def variance(self, moments: Mapping[str, Tensor]) -> Tensor:
         """Σ_pq c_p c_q V[i_p, i_q]."""
-        flat = covariance.reshape(-1)
+        if "covariance" in moments:
+            flat = moments["covariance"].reshape(-1)
+        else:
+            flat = torch.cat([moments["variance"], moments["entries"]], -1)
         total: Tensor | None = None
         for position, weight in self._positions:
             part = flat[position]
@@ -66,41 +77,79 @@ class JointMap:
             total = part if total is None else total + part
         slabs = [piece for piece in self.pieces if isinstance(piece, Slab)]
         for number, slab in enumerate(slabs):
-            for part in self._with_slab(slab, slabs[:number], covariance):
+            for part in self._with_slab(slab, slabs[:number], flat):
                 total = part if total is None else total + part
         assert total is not None
         return total
 
-    def _with_slab(self, slab: Slab, before: Sequence[Slab], covariance: Tensor) -> list[Tensor]:
+    def _with_slab(self, slab: Slab, before: Sequence[Slab], flat: Tensor) -> list[Tensor]:
         """A slab's own variance, and twice its covariances with the gathers and with the slabs before it."""
-        size, shape = slab.columns.shape[0], slab.columns.shape[1:]
-        flat = slab.columns.reshape(size, -1)
-        rows = covariance.reshape(self.size, self.size)[slab.start : slab.start + size]
-        parts = [(flat * (rows[:, slab.start : slab.start + size] @ flat)).sum(0).reshape(shape)]
+        columns = slab.columns.reshape(slab.columns.shape[0], -1)
+        parts = [(columns * (self._between(slab, slab, flat) @ columns)).sum(0).reshape(slab.columns.shape[1:])]
         for other in before:
-            theirs = other.columns.reshape(other.columns.shape[0], -1)
-            mixed = rows[:, other.start : other.start + theirs.shape[0]] @ theirs
-            parts.append(2 * (flat * mixed).sum(0).reshape(shape))
+            mixed = self._between(slab, other, flat) @ other.columns.reshape(other.columns.shape[0], -1)
+            parts.append(2 * (columns * mixed).sum(0).reshape(slab.columns.shape[1:]))
         for piece in self.pieces:
             if isinstance(piece, Entries):
-                found = (slab.columns * rows[:, piece.index]).sum(0)
+                found = torch.mul(*_in_line([slab.columns, self._between(slab, piece, flat)])).sum(0)
                 parts.append(2 * found if piece.coefficient is None else 2 * piece.coefficient * found)
         return parts
 
+    def _between(self, slab: Slab, other: Entries | Slab, flat: Tensor) -> Tensor:
+        """Covariances of a slab's entries with those of another piece, (L, *those)."""
+        mine = slab.entries
+        theirs = other.entries if isinstance(other, Slab) else other.index
+        if isinstance(self.family, SparseNormal):
+            key = id(slab), id(other)
+            if key not in self._places:
+                wide = mine.reshape(-1, *[1] * theirs.dim())
+                self._places[key] = self.family.places(wide, theirs.unsqueeze(0))
+            return flat[self._places[key]]
+        rows = flat.reshape(self.size, self.size)[slab.start : slab.start + len(mine)]
+        if isinstance(other, Slab):
+            return rows[:, other.start : other.start + len(theirs)]
+        return rows[:, theirs]
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, int], Tensor]:
+        return {}
+
     @cached_property
     def _positions(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Where the covariance of each pair of gathers stands in the flattened (*batch, D, D), and its coefficient."""
+        """Where the covariance of each pair of gathers stands in the flattened ones, and its coefficient."""
         gathers = [piece for piece in self.pieces if isinstance(piece, Entries)]
         found: list[tuple[Tensor, Tensor | None]] = []
         for number, a in enumerate(gathers):
             for b in gathers[: number + 1]:
-                position = a.index * self.size + b.index % self.size
+                if isinstance(self.family, SparseNormal):
+                    position = self.family.places(a.index, b.index)
+                else:
+                    position = a.index * self.size + b.index % self.size
                 weight = _product(a.coefficient, b.coefficient)
                 if a is not b:
                     weight = position.new_full((), 2.0, dtype=torch.float64) if weight is None else 2 * weight
                     weight = weight.to(a.coefficient.dtype) if a.coefficient is not None else weight
                 found.append((position, weight))
         return found
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The pairs of entries of one batch element that an output sees together."""
+        first, second = [], []
+        for number, a in enumerate(self.pieces):
+            for b in self.pieces[: number + 1]:
+                i = a.index if isinstance(a, Entries) else a.entries.unsqueeze(-1)
+                j = b.index if isinstance(b, Entries) else b.entries.unsqueeze(0)
+                if isinstance(a, Slab) != isinstance(b, Slab):
+                    i, j = (
+                        (i.reshape(-1, 1), j.reshape(1, -1))
+                        if isinstance(a, Slab)
+                        else (i.reshape(1, -1), j.reshape(-1, 1))
+                    )
+                i, j = torch.broadcast_tensors(i, j)
+                keys = (i.flatten() * self.size + j.flatten()).unique()
+                first.append(keys // self.size)
+                second.append(keys % self.size)
+        return torch.cat(first), torch.cat(second)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -115,34 +164,61 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def joint_map(
     block: Block,
-    change: Callable[[Tensor], Tensor],
+    changes: Sequence[Callable[[Tensor], Tensor]],
     like: Tensor,
+    sites: Collection[str],
     design_of: Callable[[str], Tensor | None],
 ) -> JointMap | None:
-    """The linear function `change` of a joint block's variable, of `like`'s shape (*batch, D); None where it is none of these.
+    """The sum of linear functions of a joint block's variable, of `like`'s shape (*batch, D); None where it is none of these.
 
-    `design_of(site)` is X where the site enters as X @ site, else None.
+    `design_of(site)` is X where the site enters as X @ site, else None; no other member than `sites` enters.
     """
     size, num_batch = like.shape[-1], like.shape[:-1].numel()
     pieces: list[Entries | Slab] = []
-    for member in block.members:
-        mine = torch.zeros_like(like)
-        mine[..., member.start : member.stop] = 1.0
+    for member in (m for m in block.views if m.site.name in sites):
         design = design_of(member.site.name) if num_batch == 1 else None
         if design is not None:
             pieces.append(Slab(member.start, design.mT))
             continue
-        entries = _entries(change, mine)
-        if entries is not None:
-            pieces += entries
+        entries = [_entries_of(change, member, like) for change in changes]
+        if all(found is not None for found in entries):
+            pieces += [piece for found in entries for piece in found or ()]
         elif num_batch > 1:
             return None
         else:
             basis = torch.eye(size, dtype=like.dtype, device=like.device)[member.start : member.stop]
-            pieces.append(Slab(member.start, columns_of(change, basis.reshape(-1, *like.shape))))
+            basis = basis.reshape(-1, *like.shape)
+            columns = [columns_of(change, basis) for change in changes]
+            pieces.append(Slab(member.start, functools.reduce(torch.add, _in_line(columns))))
     if not pieces or (num_batch > 1 and not _agree(pieces, size)):
         return None
-    return JointMap(pieces, size, num_batch)
+    return JointMap(pieces, size, num_batch, block.family)
+
+
+def _in_line(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Stacked functions (L, *out), whose outputs broadcast, with as many dims each."""
+    rank = max(column.dim() for column in columns)
+    return [c.reshape(c.shape[0], *[1] * (rank - c.dim()), *c.shape[1:]) for c in columns]
+
+
+def _entries_of(change: Callable[[Tensor], Tensor], member: Member, like: Tensor) -> list[Entries] | None:
+    """The gathers by which outputs see a member: one, or one for each place in its event, of which outputs may see several."""
+    mine = torch.zeros_like(like)
+    mine[..., member.start : member.stop] = 1.0
+    found = _entries(change, mine)
+    base = member.family.base if isinstance(member.family, TransformedNormal) else member.family
+    width = base.event_shape.numel() if base is not None else 1
+    if found is not None or not 1 < width <= _WIDEST or width == member.stop - member.start:
+        return found
+    pieces: list[Entries] = []
+    for place in range(width):
+        mine = torch.zeros_like(like)
+        mine[..., member.start + place : member.stop : width] = 1.0
+        one = _entries(change, mine)
+        if one is None:
+            return None
+        pieces += one
+    return pieces
 
 
 def _entries(change: Callable[[Tensor], Tensor], mine: Tensor) -> list[Entries] | None:
@@ -178,95 +254,3 @@ def _agree(pieces: Sequence[Entries | Slab], size: int) -> bool:
     """Whether the entries that one output sees are of one batch element."""
     owners = [piece.index // size for piece in pieces if isinstance(piece, Entries)]
     return len(owners) == len(pieces) and all(bool((owner == owners[0]).all()) for owner in owners)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Sums over data
-
-
-def gram_of_pieces(
-    pieces: Mapping[str, Sequence[Entries | Slab]], residual: Tensor, weights: Tensor, shape: torch.Size
-) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """(block -> the entries of its variable that enter, in order; G = Σ_n w_n a_n a_nᵀ; Σ w r a; Σ w r²), in float64.
-
-    a_n holds the coefficients of these entries, the blocks' one after the other, in the n-th output.
-    """
-    wide = torch.float64 if residual.device.type != "mps" else torch.float32
-    used = {name: _used(some) for name, some in pieces.items()}
-    flat: list[tuple[Tensor, Tensor | None, Tensor | None]] = []  # (positions, coefficient (N,), columns (L, N))
-    start = 0
-    for name, some in pieces.items():
-        flat += [_flattened(piece, used[name], start, shape) for piece in some]
-        start += len(used[name])
-    r = residual.to(wide).expand(shape).reshape(-1)
-    w = weights.to(wide).expand(shape).reshape(-1)
-    gram = torch.zeros(start, start, dtype=wide, device=residual.device)
-    cross = torch.zeros(start, dtype=wide, device=residual.device)
-    for number, a in enumerate(flat):
-        _add_cross(cross, a, w * r)
-        for b in flat[: number + 1]:
-            _add_pair(gram, a, b, w, a is b)
-    return used, gram, cross, (w * r) @ r
-
-
-def _used(pieces: Sequence[Entries | Slab]) -> Tensor:
-    parts = []
-    for piece in pieces:
-        if isinstance(piece, Entries):
-            parts.append(piece.index.reshape(-1).unique())
-        else:
-            parts.append(piece.start + torch.arange(piece.columns.shape[0], device=piece.columns.device))
-    return torch.cat(parts).unique()
-
-
-def _flattened(
-    piece: Entries | Slab, used: Tensor, start: int, shape: torch.Size
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if isinstance(piece, Entries):
-        position = (start + torch.searchsorted(used, piece.index)).expand(shape).reshape(-1)
-        coefficient = piece.coefficient
-        return position, None if coefficient is None else coefficient.expand(shape).reshape(-1), None
-    size = piece.columns.shape[0]
-    entries = piece.start + torch.arange(size, device=used.device)
-    aligned = piece.columns.reshape(size, *[1] * (len(shape) - piece.columns.dim() + 1), *piece.columns.shape[1:])
-    return start + torch.searchsorted(used, entries), None, aligned.expand(size, *shape).reshape(size, -1)
-
-
-def _add_cross(cross: Tensor, a: tuple[Tensor, Tensor | None, Tensor | None], weighted: Tensor) -> None:
-    position, coefficient, columns = a
-    if columns is None:
-        cross.index_add_(0, position, weighted if coefficient is None else weighted * coefficient)
-        return
-    for rows in _chunks(columns.shape[1]):
-        cross[position] += columns[:, rows].to(cross.dtype) @ weighted[rows]
-
-
-def _add_pair(gram: Tensor, a: tuple, b: tuple, weights: Tensor, same: bool) -> None:
-    (at, c_a, columns_a), (bt, c_b, columns_b) = (a, b) if a[2] is None else (b, a)  # a gather first
-    if columns_a is not None:
-        for rows in _chunks(columns_a.shape[1]):
-            part = (columns_a[:, rows].to(gram.dtype) * weights[rows]) @ columns_b[:, rows].to(gram.dtype).mT
-            _add_block(gram, at, bt, part, same)
-        return
-    scaled = weights if c_a is None else weights * c_a
-    if columns_b is None:
-        scaled = scaled if c_b is None else scaled * c_b
-        gram.view(-1).index_add_(0, at * gram.shape[1] + bt, scaled)
-        if not same:
-            gram.view(-1).index_add_(0, bt * gram.shape[1] + at, scaled)
-        return
-    block = torch.zeros(gram.shape[0], columns_b.shape[0], dtype=gram.dtype, device=gram.device)
-    for rows in _chunks(columns_b.shape[1]):
-        block.index_add_(0, at[rows], (columns_b[:, rows].to(gram.dtype) * scaled[rows]).mT)
-    gram[:, bt] += block
-    gram[bt, :] += block.mT
-
-
-def _add_block(gram: Tensor, at: Tensor, bt: Tensor, part: Tensor, same: bool) -> None:
-    gram[at[:, None], bt] += part
-    if not same:
-        gram[bt[:, None], at] += part.mT
-
-
-def _chunks(total: int) -> list[slice]:
-    return [slice(start, min(start + _ROWS, total)) for start in range(0, total, _ROWS)]

@@ -136,12 +136,11 @@ class Posterior:
 
     def _entries(self, block: Block, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Mean and covariance of some sites of a block, in the order of names."""
-        mean, covariance = gaussian_moments(block, self._naturals[block.name])
+        natural = self._naturals[block.name]
         if not block.is_joint:
-            return mean, covariance
-        ranges = {m.site.name: torch.arange(m.start, m.stop, device=mean.device) for m in block.members}
-        index = torch.cat([ranges[name] for name in names])
-        return mean[..., index], covariance[..., index, :][..., index]
+            return gaussian_moments(block, natural)
+        ranges = {m.site.name: torch.arange(m.start, m.stop, device=natural.device) for m in block.members}
+        return gaussian_moments(block, natural, torch.cat([ranges[name] for name in names]))
 
     def _flat(self, block: Block, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The same with the batch flattened too: site by site, each in the order of its own elements."""

@@ -14,14 +14,15 @@ from typing import Any
 
 from pyro_blr.affine import CANDIDATES, AffineNodes, fits
 from pyro_blr.blocks import Block, is_gaussian
-from pyro_blr.cuts import Moved, Sum, moved_on, transform_of
+from pyro_blr.cuts import Moved, Sum, elsewhere, moved_on, transform_of
 from pyro_blr.elementwise import is_by_rows, is_elementwise, is_smooth_in_rows
 from pyro_blr.families import TransformedNormal
 from pyro_blr.forms import UNUSABLE
 from pyro_blr.graph import Factor, FactorGraph
+from pyro_blr.likeness import Alike, Outline
 from pyro_blr.plans import Cut, FactorPlan, Predictor, Verdict
 from pyro_blr.recorded import Recorded
-from pyro_blr.tape import Ref
+from pyro_blr.tape import Latent, Ref
 
 __all__ = ["with_quadrature"]
 
@@ -54,6 +55,8 @@ class _Search:
     def __init__(self, graph: FactorGraph, blocks: Mapping[str, Block]):
         self.graph, self.blocks = graph, blocks
         self.nodes = AffineNodes(graph, blocks)
+        self.alike = Alike(graph, blocks)
+        self._found: dict[Any, tuple[FactorPlan, Outline, Cut | None]] = {}  # of the first of those that are alike
 
     def renewed(self, plan: FactorPlan) -> FactorPlan:
         if plan.cut is None:
@@ -77,7 +80,7 @@ class _Search:
         ):
             return plan
         try:
-            cut = self._cut(plan, names, sites)
+            cut = self._cut_like_others(plan, names, sites)
         except UNUSABLE:
             return plan
         if cut is None:
@@ -111,6 +114,40 @@ class _Search:
         return replace(verdict, exact=False, how="quadrature", reason=f"{reason}; {count} for each element{where}")
 
     # -- the search ---------------------------------------------------------------------------------------------------
+
+    def _cut_like_others(self, plan: FactorPlan, names: Sequence[str], sites: frozenset[str]) -> Cut | None:
+        """The cut that a statement of the same kind has, else one that is searched for."""
+        made, tape = plan.factor.constructed, self.graph.tape
+        assert made is not None
+        outline = self.alike.outline([plan.factor.value, *made.arguments.values()], plan.blocks)
+        if outline is None:
+            return self._cut(plan, names, sites)
+        form = made.distribution_class, tuple(made.arguments), made.batch_shape, made.reinterpreted
+        key = form, plan.factor.batch_shape, bool(plan.enumerated), len(names), outline.key
+        if key not in self._found:
+            self._found[key] = plan, outline, self._cut(plan, names, sites)
+            return self._found[key][2]
+        first, theirs, cut = self._found[key]
+        level: _Level | None = _Level((), None, len(tape.nodes))
+        if cut is not None and cut.log_prob is not None:
+            level = self._recorded(plan.factor)
+            inside = self.alike.outline([cut.log_prob], first.blocks)
+            mine = None if level is None else self.alike.outline(level.outputs, plan.blocks)
+            if inside is None or mine is None or inside.key != mine.key:
+                return self._cut(plan, names, sites)
+            theirs, outline = inside, mine
+        if cut is None or level is None:
+            return None
+        nodes = dict(zip(theirs.nodes, outline.nodes, strict=True))
+        leaves = [
+            (tape.nodes[a], tape.nodes[b]) for a, b in nodes.items() if isinstance(tape.nodes[a].function, Latent)
+        ]
+        ours = {a.name: b.name for a, b in leaves}
+        blocks = dict(zip(first.blocks, plan.blocks, strict=True))
+        moved = elsewhere(
+            cut, level.log_prob, level.start, lambda i: nodes.get(i, i), ours.__getitem__, blocks.__getitem__
+        )
+        return self._entries_again(moved)
 
     def _cut(self, plan: FactorPlan, names: Sequence[str], sites: frozenset[str]) -> Cut | None:
         """One predictor where that is enough, else two, else many; at the arguments rather than inside the log density."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from pyro_blr.families import (
     LogNormal,
     MultivariateNormal,
     Normal,
+    SparseNormal,
     TransformedNormal,
     Wishart,
 )
@@ -68,7 +69,7 @@ def leaf_shape(block: Block) -> tuple[int, ...]:
 def leaf_point(family: ExponentialFamily, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """A random value of the block's own variable, float64, away from the boundary of its support."""
     normal = torch.randn(tuple(shape), generator=generator, device="cpu", dtype=torch.float64)
-    if isinstance(family, (Normal, MultivariateNormal, LogNormal, TransformedNormal)):
+    if isinstance(family, (Normal, MultivariateNormal, SparseNormal, LogNormal, TransformedNormal)):
         return normal
     if isinstance(family, (Gamma, InverseGamma)):
         return (0.7 * normal).exp()
@@ -87,6 +88,7 @@ class Probe:
 
     def __init__(self, graph: FactorGraph, blocks: Mapping[str, Block]):
         self.graph, self.blocks = graph, blocks
+        self._block_of = {site: name for name, block in blocks.items() for site in block.site_names}
         self.generator = torch.Generator().manual_seed(20230717)
         self._cuts = self._possible_cuts()
         self._inputs: dict[tuple[str, ...], list[Tensor]] = {}
@@ -108,19 +110,20 @@ class Probe:
     def point(self, block: Block) -> Tensor:
         return leaf_point(block.family, self.leaf_shape(block), self.generator)
 
-    def site_values(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values for every site: from the given leaves, generic ones for the others."""
+    def site_values(self, leaves: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+        """Values for the sites that are wanted: from the given leaves, generic ones for the others."""
         values: dict[str, Tensor] = {}
-        for name, block in self.blocks.items():
+        for name in dict.fromkeys(self._block_of[site] for site in self.graph.sites if site in wanted):
+            block = self.blocks[name]
             if name in leaves:
-                values.update(block.values(leaves[name].to(block.device)))
+                values.update(block.values(leaves[name].to(block.device), wanted))
             elif block.is_discrete:
                 for site in block.sites:
                     value = self._state_of(block)
                     values[site.name] = value.double() if value.is_floating_point() else value
             else:
                 fixed = leaf_point(block.family, self.leaf_shape(block), torch.Generator().manual_seed(len(name)))
-                values.update(block.values(fixed.to(block.device)))
+                values.update(block.values(fixed.to(block.device), wanted))
         return values
 
     def assignments(self, ref: Any) -> Iterator[int]:
@@ -178,7 +181,7 @@ class Probe:
 
     def evaluate_all(self, refs: Sequence[Any], leaves: Mapping[str, Tensor]) -> list[Any]:
         """Several expressions in one pass."""
-        values = self.site_values(leaves)
+        values = self.site_values(leaves, frozenset().union(*map(self.graph.tape.latents_of, refs)))
         while True:
             cut = self._cuts[0]
             try:

@@ -16,7 +16,9 @@ from pyro_blr.checks import check_graph
 from pyro_blr.conjugacy import analyse
 from pyro_blr.enumeration import misaligned_factors
 from pyro_blr.graph import FactorGraph
-from pyro_blr.groups import Grouping, blocks_of, choose_groups
+from pyro_blr.groupings import Grouping, blocks_of
+from pyro_blr.groups import choose_groups
+from pyro_blr.loops import woven
 from pyro_blr.lowering import lowered
 from pyro_blr.messages import Messages
 from pyro_blr.plans import PROVED, FactorPlan
@@ -204,7 +206,8 @@ class Programs:
         if graph.shared and any(plan.replayed for plan in messages.plans.values()):
             return None
         orders, sweeps = self._orders.setdefault(key, {}), Sweeps(_suits_flattening(messages))
-        return Program(trace, written, graph, messages.blocks, messages.plans, messages, sweeps, factorisation, orders)
+        blocks, plans = blocks_of(graph, factorisation), self._judged[key][0]
+        return Program(trace, written, graph, blocks, plans, messages, sweeps, factorisation, orders)
 
     def _factorisation(self, graph: FactorGraph, unfaithful: _Latents) -> str | Sequence[Sequence[str]] | Grouping:
         """What was asked for; `"auto"` is decided once for a model's sites, so that λ keeps its meaning."""
@@ -221,15 +224,17 @@ class Programs:
         if key in self._judged:
             judged, unfaithful, misaligned = self._judged[key]
             plans = analyse(graph, blocks, unfaithful, misaligned, judged)
-            return Messages(graph, blocks, with_quadrature(graph, blocks, plans, judged=True), replay)
+            plans = with_quadrature(graph, blocks, plans, judged=True)
+            self._judged[key] = plans, unfaithful, misaligned
+            return Messages(*woven(graph, blocks, plans), replay)
         known = self._chosen[1].plans_of(graph) if self._chosen is not None else None
         found = known or with_quadrature(graph, blocks, analyse(graph, blocks, unfaithful), judged=False)
-        messages = Messages(graph, blocks, found, replay)
-        misaligned = misaligned_factors(graph, blocks, messages.plans, messages.averages)
+        messages = Messages(*woven(graph, blocks, found), replay)
+        misaligned = misaligned_factors(messages.graph, messages.blocks, messages.plans, messages.averages)
         if misaligned:
-            plans = with_quadrature(graph, blocks, analyse(graph, blocks, unfaithful, misaligned), judged=False)
-            messages = Messages(graph, blocks, plans, replay)
-        self._judged[key] = messages.plans, unfaithful, misaligned
+            found = with_quadrature(graph, blocks, analyse(graph, blocks, unfaithful, misaligned), judged=False)
+            messages = Messages(*woven(graph, blocks, found), replay)
+        self._judged[key] = found, unfaithful, misaligned
         return messages
 
 

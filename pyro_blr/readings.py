@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from pyro_blr.blocks import Block
 from pyro_blr.families import Bernoulli, Categorical, LogNormal, Normal, TransformedNormal, pushforward_family
 from pyro_blr.graph import FactorGraph
-from pyro_blr.groups import Grouping
+from pyro_blr.groupings import Grouping
 from pyro_blr.guides import AutoExponentialFamily
 from pyro_blr.initial import diagonal_natural
 from pyro_blr.marginals import gaussian_moments

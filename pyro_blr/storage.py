@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_blr.blocks import Block
-from pyro_blr.families import DiagonalNormal, ExponentialFamily, TransformedNormal, pushforward_family
+from pyro_blr.families import (
+    DiagonalNormal,
+    ExponentialFamily,
+    Pattern,
+    SparseNormal,
+    TransformedNormal,
+    pushforward_family,
+)
 from pyro_blr.graph import Plate, Site
 from pyro_blr.members import Member
 
@@ -192,6 +199,10 @@ def _encode_family(family: ExponentialFamily, tensors: dict[str, Tensor]) -> dic
             "event_shape": list(family.event_shape),
             "diagonal": isinstance(family.base, DiagonalNormal),
         }
+    if isinstance(family, SparseNormal):
+        pattern, key = family.pattern, f"pattern/{len(tensors)}"
+        tensors[key] = torch.stack([pattern.rows, pattern.columns])
+        return {"name": name, "dimension": pattern.dimension, "pairs": key}
     return {"name": name, **{field.name: getattr(family, field.name) for field in fields(family)}}  # type: ignore[arg-type]
 
 
@@ -203,6 +214,8 @@ def _decode_family(item: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ex
         if family is None:
             raise ValueError(f"found support {item['support']}, expected one with a bijection from real vectors")
         return family
+    if item["name"] == SparseNormal.__name__:
+        return SparseNormal(Pattern(item["dimension"], *tensors[item["pairs"]].cpu()))
     known = {cls.__name__: cls for cls in _subclasses(ExponentialFamily)}
     if item["name"] not in known:
         raise ValueError(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_blr.grams import gram_of_pieces
 from pyro_blr.likelihoods import Linear, Positive
 from pyro_blr.maps import AffineMap, Monomial
-from pyro_blr.pieces import Entries, gram_of_pieces
+from pyro_blr.pieces import Entries
 
 __all__ = ["QuadraticSummary", "summarise"]
 
@@ -34,6 +35,10 @@ class QuadraticSummary:
     count: Tensor
     constant: Tensor
     precision: Monomial | None
+    families: Mapping[str, Any]  # of joint blocks
+    places: dict[str, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # of a sparse block: G's entries in its moments
 
     def __call__(self, moments: Moments) -> Tensor:
         mean = torch.cat([self._of(name, moments[name]["mean"].reshape(-1)) for name in self.slices])
@@ -42,6 +47,8 @@ class QuadraticSummary:
             block = self.gram[part, part]
             if "covariance" in moments[name]:
                 quadratic = quadratic + self._spread(name, block, moments[name]["covariance"])
+            elif "entries" in moments[name]:
+                quadratic = quadratic + self._sparse_spread(name, block, moments[name])
             else:
                 quadratic = quadratic + block.diagonal() @ self._of(name, moments[name]["variance"].reshape(-1))
         if self.precision is None:
@@ -56,6 +63,16 @@ class QuadraticSummary:
             return block.diagonal() @ self._of(name, covariance.diagonal(dim1=-2, dim2=-1).reshape(-1))
         rows = self._of(name, covariance.reshape(covariance.shape[-2:]))
         return (block * self._of(name, rows.mT)).sum()
+
+    def _sparse_spread(self, name: str, block: Tensor, moments: Mapping[str, Tensor]) -> Tensor:
+        """tr G V over the entries that G has."""
+        if name not in self.places:
+            i, j = block.nonzero().unbind(-1)
+            index = self.used[name]
+            ends = (i, j) if index is None else (index[i], index[j])
+            self.places[name] = self.families[name].places(*ends), block[i, j]
+        place, weight = self.places[name]
+        return weight @ torch.cat([moments["variance"], moments["entries"]], -1)[place].to(weight)
 
     def _of(self, name: str, tensor: Tensor) -> Tensor:
         """The rows of the entries that enter, in the precision of the sums."""
@@ -106,7 +123,8 @@ def summarise(
         slices[name] = slice(start, start + size)
         start += size
     entries = {name: index for name, (_, index) in used.items()}
-    return QuadraticSummary(slices, entries, gram, cross, square, count, constant, monomial)
+    families = {name: joint.family for name, joint in loc.joints.items()}
+    return QuadraticSummary(slices, entries, gram, cross, square, count, constant, monomial, families)
 
 
 def _pays(loc: AffineMap, shape: torch.Size) -> bool:

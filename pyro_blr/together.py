@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_blr.families import ExponentialFamily, LogNormal
+from pyro_blr.families import ExponentialFamily, LogNormal, SparseNormal
 
 __all__ = ["gaussian_natural", "moved_together"]
 
@@ -36,6 +36,8 @@ def moved_together(family: ExponentialFamily, mean: Tensor, target: Tensor, hess
 
 def gaussian_natural(family: ExponentialFamily, mean: Tensor, moments: Mapping[str, Tensor], like: Tensor) -> Tensor:
     """λ with a given mean and the covariance of `moments`; `like` has that covariance's second part."""
+    if isinstance(family, SparseNormal):
+        return family.with_mean(like, mean)
     if "covariance" in moments:
         precision = torch.linalg.inv(moments["covariance"])
         first = (precision @ mean.unsqueeze(-1)).squeeze(-1)

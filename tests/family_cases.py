@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Callable
+from unittest import mock
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_blr.families import ExponentialFamily, family_of, pushforward_family
+from pyro_blr.families import ExponentialFamily, Pattern, SparseNormal, family_of, pushforward_family
 
 F64 = torch.float64
 BATCHES = [(), (3,), (2, 3)]
@@ -39,6 +40,28 @@ def probs(*shape: int) -> Tensor:
 normal = dist.MultivariateNormal
 
 
+def pattern(dimension: int, pairs: list[tuple[int, int]]) -> Pattern:
+    """A small pattern that is eliminated as a large one would be."""
+    found = Pattern.of(dimension, *torch.tensor(pairs).unbind(-1))
+    with mock.patch.multiple("pyro_blr.families._pattern", _SMALL=1, _HUB=(3, 2), _DENSE=2.0):
+        assert found.elimination is not None and found.elimination.levels(torch.device("cpu"))
+    return found
+
+
+CHAIN = pattern(5, [(1, 0), (2, 1), (3, 2), (4, 3)])
+ARROW = pattern(6, [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (1, 0)])
+PATTERNS = {"SparseNormal chain": CHAIN, "SparseNormal arrow": ARROW}
+
+
+def field(pattern: Pattern, *b: int) -> dist.MultivariateNormal:
+    """A Gaussian whose precision has this pattern."""
+    d, (i, j) = pattern.dimension, (pattern.rows, pattern.columns)
+    precision = torch.zeros(*b, d, d, dtype=F64)
+    precision[..., i, j] = torch.randn(*b, len(i), dtype=F64)
+    precision = precision + precision.mT
+    return normal(mean(*b, d), precision_matrix=precision + torch.diag_embed(precision.abs().sum(-1) + uniform(*b, d)))
+
+
 def low_rank(*b: int) -> dist.LowRankMultivariateNormal:
     return dist.LowRankMultivariateNormal(mean(*b, 3), mean(*b, 3, 1), uniform(*b, 3))
 
@@ -50,6 +73,8 @@ DISTRIBUTIONS: dict[str, Callable] = {
     "MultivariateNormal precision": lambda *b: normal(mean(*b, 2), precision_matrix=spd(*b, 2, 2)),
     "MultivariateNormal shared": lambda *b: normal(mean(*b, 2), spd(2, 2)),
     "LowRankMultivariateNormal": low_rank,
+    "SparseNormal chain": lambda *b: field(CHAIN, *b),
+    "SparseNormal arrow": lambda *b: field(ARROW, *b),
     "LogNormal": lambda *b: dist.LogNormal(mean(*b), uniform(*b, high=1.0)),
     "Gamma": lambda *b: dist.Gamma(uniform(*b), uniform(*b)),
     "Exponential": lambda *b: dist.Exponential(uniform(*b)),
@@ -114,7 +139,7 @@ def make(name: str, batch: tuple[int, ...] = ()) -> tuple[ExponentialFamily, Ten
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Low df values")  # torch's word on ν < d, which is well defined
         distribution = DISTRIBUTIONS[name](*batch)
-    family = family_of(distribution)
+    family = SparseNormal(PATTERNS[name]) if name in PATTERNS else family_of(distribution)
     return family, family.from_distribution(distribution), distribution
 
 

@@ -512,7 +512,9 @@ def test_explain_says_which_block_and_why() -> None:
 
 
 def test_a_block_beyond_the_limit_is_kept_apart_and_explain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sparse ones are not taken either: else it is one (`test_sparse_blocks`)."""
     monkeypatch.setitem(MOST, "affine", 20)
+    monkeypatch.setattr("pyro_blr.groups.SPARSE", 0)
     assert groups(large, 19) == ["mu+a"]
     assert groups(large, 20) == ["mu", "a"]
     told = " ".join(str(BLRInference(large).explain(20)).split())

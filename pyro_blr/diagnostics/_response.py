@@ -22,6 +22,7 @@ from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import Block, is_gaussian
 from pyro_blr.draws import Draws
+from pyro_blr.families import SparseNormal
 from pyro_blr.marginals import bijection_of, marginal
 from pyro_blr.program import Program
 
@@ -91,6 +92,11 @@ def linear_response(program: Program, naturals: Mapping[str, Tensor]) -> LinearR
         raise ValueError(
             "q is one factor, which leaves no covariance out; use posterior[name] and posterior.joint(names)"
         )
+    sparse = [name for name, block in program.blocks.items() if isinstance(block.family, SparseNormal)]
+    if sparse:
+        raise ValueError(
+            f"{' and '.join(sparse)}: a sparse Gaussian's response is not solved for; it holds the correlations inside it"
+        )
     parts = {name: coordinates_of(block, naturals[name]) for name, block in program.blocks.items()}
     total = sum(c.natural.shape[:-1].numel() * c.size for c in parts.values())
     _refuse(program, total)
@@ -131,7 +137,7 @@ def _refuse(program: Program, total: int) -> None:
         raise ValueError(f"sites {copies} stand for several exchangeable copies each, which no single tilt moves")
     if total > MOST:
         raise ValueError(f"q has {total} parameters, more than the {MOST} that are solved for at once")
-    for name, plan in program.plans.items():
+    for name, plan in program.messages.plans.items():
         if plan.deterministic:
             continue
         if plan.replayed:
@@ -143,7 +149,7 @@ def _refuse(program: Program, total: int) -> None:
             raise ValueError(
                 f"factor {name!r} is averaged over draws of {', '.join(rough)}, which is not Gaussian: no second derivative"
             )
-    drawn = [name for name, plan in program.plans.items() if not plan.deterministic]
+    drawn = [name for name, plan in program.messages.plans.items() if not plan.deterministic]
     if drawn and program.messages.elements(drawn) * NUM_DRAWS * total > WORK:
         raise ValueError("the factors that are averaged over draws are too many to be differentiated twice")
 

@@ -1,6 +1,7 @@
 """Minimal exponential families in packed natural parameters."""
 
 from ._base import ExponentialFamily
+from ._pattern import Pattern
 from ._pushforward import pushforward_family
 from ._registry import family_of, register_family
 from .bernoulli import Bernoulli
@@ -13,6 +14,7 @@ from .inverse_gamma import InverseGamma
 from .log_normal import LogNormal
 from .multivariate_normal import MultivariateNormal
 from .normal import Normal
+from .sparse_normal import GaussianField, SparseNormal
 from .transformed_normal import TransformedNormal
 from .wishart import Wishart
 
@@ -24,10 +26,13 @@ __all__ = [
     "Dirichlet",
     "ExponentialFamily",
     "Gamma",
+    "GaussianField",
     "InverseGamma",
     "LogNormal",
     "MultivariateNormal",
     "Normal",
+    "Pattern",
+    "SparseNormal",
     "TransformedNormal",
     "Wishart",
     "family_of",
