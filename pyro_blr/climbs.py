@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from pyro_blr.ascent import Ascent
-from pyro_blr.beliefs import Beliefs
 from pyro_blr.checks import ImproperPosteriorError
 from pyro_blr.draws import Draws
 from pyro_blr.estimators import standard_error
-from pyro_blr.halts import Halt, Step, Sweep
+from pyro_blr.halts import Halt, Sweep
+from pyro_blr.leaps import Leaps, Step, longest, moved_nats
 
-__all__ = ["Climb", "climb", "guarded_sweep", "moved_nats"]
+__all__ = ["Climb", "climb", "guarded_sweep"]
 
 _HALVINGS = 20
 _SMALL = 1e-2  # nats of a step that is small beside the width of q
 _STILL = 1e-9  # nats of a full step that is none: what the bound falls in it is rounding
 _FINE, _COARSE = 1e-9, 1e-6  # relative rounding of a bound whose factors are in float64, and in less
-_LONGEST = 100.0  # nats of a step for every unknown: a log density far out may be all rounding, and look like a gain
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,19 @@ def climb(
     the halt after every sweep; a climb that was cut short goes on from its last `halt`.  `known` is the `factor` of a climb
     on other draws.
     """
-    halt = halt or Halt(None if ascent.beliefs.points else ascent.finite_estimates(draws), known=known)
+    if halt is None:
+        halt = Halt(
+            None if ascent.beliefs.points else ascent.finite_estimates(draws), known=known, leaps=Leaps.of(ascent)
+        )
     while not halt.is_done(tol, draws):
         if halt.number >= limit:
             return Climb(False, halt.first, halt.remaining)
+        halt = halt.leapt(ascent, draws)
         start = ascent.beliefs
         moved = guarded_sweep(ascent, draws, halt.rate, halt.values)
         if moved is None:
             return Climb(halt.remaining < 10 * tol, min(halt.first, halt.remaining), halt.remaining)
-        halt = halt.after(moved, Step.between(start, ascent.beliefs, moved.rate), draws)
+        halt = halt.after(moved, Step.between(start.blocks, start.naturals, ascent.beliefs.naturals, moved.rate), draws)
         tick(float(moved.values.mean()), halt)
     factor = halt.remaining / halt.distance if halt.distance > 0 else 1.0
     return Climb(True, halt.first, halt.remaining, factor, halt.astray)
@@ -74,7 +77,7 @@ def guarded_sweep(
     start = ascent.beliefs
     coarse = any(block.dtype != torch.float64 for block in ascent.program.blocks.values())
     rounding = _COARSE if coarse else _FINE
-    longest = _LONGEST * sum(b.batch_shape.numel() * b.num_directions for b in ascent.program.blocks.values())
+    farthest = longest(ascent)
     for _ in range(_HALVINGS):
         ascent.beliefs, ascent.astray = start.copy(), 0.0
         try:
@@ -91,7 +94,7 @@ def guarded_sweep(
             errors = 3.0 if moved < _SMALL else 1.0
             still = max(moved, ascent.astray) < _STILL * rate**2
             noise = ascent.program.messages.quadrature_noise
-            if before is None or still or (moved < longest and _holds(before, after, errors, noise, rounding)):
+            if before is None or still or (moved < farthest and _holds(before, after, errors, noise, rounding)):
                 return Sweep(after, moved / rate**2, ascent.astray, rate)
         rate *= 0.5
     ascent.beliefs = start
@@ -116,14 +119,3 @@ def _holds(before: Tensor, after: Tensor, errors: float, noise: float, rounding:
     gain = after - before if after.shape == before.shape else after.mean() - before.mean().unsqueeze(0)
     slack = errors * standard_error(gain) + noise + rounding * max(1.0, abs(float(before.mean())))
     return float(gain.mean()) >= -slack
-
-
-def moved_nats(ascent: Ascent, start: Beliefs) -> float:
-    """Σ_i s_i KL(q_i ‖ q_i before)."""
-    total = 0.0
-    for name, block in ascent.program.blocks.items():
-        new, old = ascent.beliefs.naturals[name], start.naturals[name]
-        if new is not old:
-            kl = float(block.scale * block.family.kl(new, old).sum(dtype=torch.float64))
-            total += max(kl, 0.0) if math.isfinite(kl) else math.inf
-    return total

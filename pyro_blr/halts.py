@@ -1,16 +1,19 @@
-"""A climb between two sweeps: how far it has come, and how far the next one may go."""
+"""Climbs and runs between two sweeps: how far they have come, and what the next one needs."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from pyro_blr.accuracy import Optima
+from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.draws import Draws
+from pyro_blr.leaps import Leaps, Step
 
-__all__ = ["Halt", "Step", "Sweep", "extrapolation"]
+__all__ = ["Halt", "Place", "Sweep", "extrapolation"]
 
 STUCK = 1e-2  # a step that covers so little of the way to its targets has met a fixed point of the retraction
 
@@ -30,34 +33,6 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A full step's change of λ and of μ in every block."""
-
-    natural: dict[str, Tensor]
-    expectation: dict[str, Tensor]
-
-    @staticmethod
-    def between(start: Beliefs, end: Beliefs, rate: float) -> Step:
-        naturals, expectations = {}, {}
-        for name, block in start.blocks.items():
-            new, old = end.naturals[name], start.naturals[name]
-            naturals[name] = block.scale * (new - old) / rate
-            expectations[name] = (block.family.to_expectation(new) - block.family.to_expectation(old)) / rate
-        return Step(naturals, expectations)
-
-    def overlap(self, before: Step) -> float:
-        """⟨this, before⟩ / ⟨before, before⟩ in the Fisher metric: negative where steps overshoot.
-
-        Steps that shrink by q at rate ρ along one direction vanish at the rate ρ / (1 − q).
-        """
-        names = [name for name in self.natural if self.natural[name].shape == before.natural[name].shape]
-        inner = sum(float((self.natural[n] * before.expectation[n]).sum()) for n in names)
-        size = sum(float((before.natural[n] * before.expectation[n]).sum()) for n in names)
-        ratio = inner / size if size > 0 else 1.0
-        return ratio if math.isfinite(ratio) else 1.0
-
-
-@dataclass(frozen=True)
 class Halt:
     """Where a climb on fixed draws stands between two sweeps: all that the next one needs besides q."""
 
@@ -74,6 +49,10 @@ class Halt:
     known: float = (
         math.inf
     )  # remaining distance in steps, of a climb on other draws: steps shrink here as they did there
+    slowest: float = (
+        1.0  # factor since leaps may be made: after one only this still tells how slowly sweeps come together
+    )
+    leaps: Leaps = field(default_factory=Leaps)
 
     def is_done(self, tol: float, draws: Draws | None) -> bool:
         """Whether what remains is below `tol`; on draws no sooner than after three sweeps, if how they shrink is not known."""
@@ -86,7 +65,8 @@ class Halt:
         # the first ratio of two steps shows the directions that end at once, not the one that lags: two ratios on draws
         factor = extrapolation(self.distance, distance)
         known = self.known if self.known < math.inf and self.number < 2 else 1.0
-        remaining = distance * (factor if draws is None else max(factor, self.factor, known))
+        slowest = self.slowest if self.leaps.is_waiting or math.isinf(factor) else max(factor, self.slowest)
+        remaining = distance * (max(factor, slowest) if draws is None else max(factor, self.factor, known))
         overlap = step.overlap(self.last) if self.last is not None else 1.0
         ceiling = max(moved.rate / (1 - overlap), 1 / 64) if overlap < -0.2 else min(1.0, 1.2 * self.ceiling)
         if moved.distance < STUCK * moved.astray:
@@ -94,7 +74,33 @@ class Halt:
         first = distance if self.number == 0 else self.first
         rate = min(ceiling, 2 * moved.rate)
         state = (distance, remaining, factor, rate, ceiling, step, moved.astray, self.known)
-        return Halt(moved.values, self.number + 1, first, *state)
+        return Halt(moved.values, self.number + 1, first, *state, slowest, self.leaps.after(step))
+
+    def leapt(self, ascent: Ascent, draws: Draws | None) -> Halt:
+        """The halt after a leap of q, where one is made: not on draws, where climbs are short."""
+        if self.values is None or draws is not None:
+            return self
+        values, leaps = self.leaps.leap(ascent, draws, self.rate, float(self.values.mean()))
+        if values is None:
+            return replace(self, leaps=leaps)
+        return replace(self, values=values, distance=math.inf, last=None, leaps=leaps)
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a run has come, besides q and the bounds so far: what its next sweep needs."""
+
+    has_started: bool = False
+    calm: int = 0  # exact sweeps in a row after which little was left to gain
+    seed: int = 0  # of the draws
+    level: int = 0
+    before: Beliefs | None = None  # q where the level began
+    optima: Optima = field(default_factory=Optima)
+    tol: float = 0.0  # of the present climb
+    halt: Halt | None = None
+    factor: float = math.inf  # of the climb before
+    centre: Beliefs | None = None  # where Newton's method began, during the first climb
+    leaps: Leaps | None = None  # over exact sweeps
 
 
 def extrapolation(previous: float, distance: float) -> float:

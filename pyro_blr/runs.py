@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from pyro_blr.accuracy import ERROR, MonteCarloError, Optima
+from pyro_blr.accuracy import ERROR, MonteCarloError
 from pyro_blr.ascent import Ascent
-from pyro_blr.beliefs import Beliefs
-from pyro_blr.climbs import Climb, climb, moved_nats
+from pyro_blr.climbs import Climb, climb
 from pyro_blr.diagnostics import Restart
 from pyro_blr.draws import Draws, fresh_seed
 from pyro_blr.estimators import standard_error
 from pyro_blr.generators import GeneratorStates
 from pyro_blr.gradients import ParameterUpdate
-from pyro_blr.halts import Halt
+from pyro_blr.halts import Halt, Place
 from pyro_blr.interrupts import uninterrupted
+from pyro_blr.leaps import Leaps, Step, moved_nats
 from pyro_blr.levels import levels_of
 from pyro_blr.newton import newton_start
+from pyro_blr.portfolio import climb_from_the_better
 from pyro_blr.program import Program
 from pyro_blr.renewal import renewed
 from pyro_blr.steps import take_step
@@ -34,21 +34,6 @@ CALM_SWEEPS = 10  # consecutive sweeps that the remaining gain must stay small f
 ENOUGH = 4096  # draws, beyond which only the error of a mean or sd asks for more, not that of the bound
 CLIMB = 5e-5  # nats that a climb on fixed draws may end from its optimum: 0.01 sd of one mean
 LEVEL_STEPS = 100  # sweeps at most on every level
-
-
-@dataclass(frozen=True)
-class Place:
-    """How far a run has come, besides q and the bounds so far: what its next sweep needs."""
-
-    has_started: bool = False
-    calm: int = 0  # exact sweeps in a row after which little was left to gain
-    seed: int = 0  # of the draws
-    level: int = 0
-    before: Beliefs | None = None  # q where the level began
-    optima: Optima = field(default_factory=Optima)
-    tol: float = 0.0  # of the present climb
-    halt: Halt | None = None
-    factor: float = math.inf  # of the climb before
 
 
 class Run:
@@ -159,11 +144,18 @@ class Run:
         if self.first_step == self.num_steps == 0 and self.given:
             renewed(self.ascent, self.given)
         while self.num_steps < self.max_steps and not (single and self.history) and self.place.calm < CALM_SWEEPS:
+            leaps = self.place.leaps or Leaps.of(self.ascent)
+            if self.history:
+                _, leaps = leaps.leap(self.ascent, None, 1.0, self.history[-1])
+            start = dict(self.ascent.beliefs.naturals)
             self.ascent.sweep()
             bound = self.ascent.bound_before()
             if self.history:
                 self._refuse_fall(self.history[-1], bound)
             gain = remaining_gain([*self.history[-2:], bound])
+            ends = self.ascent.beliefs.naturals
+            step = None if leaps.is_waiting else Step.between(self.program.blocks, start, ends)
+            self.place = replace(self.place, leaps=leaps.after(step))
             self._tick(bound, draws=False, calm=self.place.calm + 1 if gain < self.tol else 0)
         if single:
             self._stop("one exact update: the posterior is exact")
@@ -192,10 +184,11 @@ class Run:
         while True:  # climbs on few random points go as far as these can tell
             if self.place.halt is None:
                 self.place = replace(self.place, tol=max(tol, 0.01 * self.program.messages.quadrature_noise))
-            climbed = climb(self.ascent, None, self.place.tol, self._limit(), self._tick, self.place.halt)
+            place, limit = self.place, self._limit()
+            climbed = climb_from_the_better(self.ascent, place.centre, place.tol, limit, self._tick, place.halt)
             if not climbed.converged or self.num_steps >= self.max_steps or not self.program.messages.refine():
                 break
-            self.place = replace(self.place, halt=None)
+            self.place = replace(self.place, halt=None, centre=None)
         if climbed.converged:
             self._stop(f"the remaining distance to the optimum of the bound is below {tol:g} nats")
         elif self.num_steps < self.max_steps:
@@ -208,9 +201,10 @@ class Run:
         if self.place.has_started:
             return
         seed = 0 if self.program.is_deterministic else fresh_seed()
+        centre = self.ascent.beliefs.copy() if self.first_step == 0 else None
         if self.first_step == 0:
             newton_start(self.ascent)
-        self.place = replace(self.place, has_started=True, seed=seed, before=self.ascent.beliefs)
+        self.place = replace(self.place, has_started=True, seed=seed, before=self.ascent.beliefs, centre=centre)
 
     def _limit(self) -> int:
         """Sweeps that the present climb may have, those behind it included."""

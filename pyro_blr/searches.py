@@ -16,10 +16,11 @@ from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import is_gaussian
 from pyro_blr.checks import ImproperPosteriorError
-from pyro_blr.climbs import climb, moved_nats
+from pyro_blr.climbs import climb
 from pyro_blr.diagnostics import Restart, rivals_among
 from pyro_blr.draws import Draws
 from pyro_blr.initial import initial_natural
+from pyro_blr.leaps import moved_nats
 from pyro_blr.newton import newton_start
 from pyro_blr.program import Program
 from pyro_blr.running import isolated_random_state
