@@ -224,7 +224,9 @@ class _Judge:
                     if name not in reasons:
                         key = ("form", argument.role, names.index(name))
                         judge = functools.partial(self._judge, factor, argument, name)
-                        findings[argument.name, name] = self.alike.once(key, [argument.ref], names, judge)
+                        findings[argument.name, name] = self.alike.once(
+                            key, [argument.ref], names, judge, lambda f: f.form is None or f.proved
+                        )
         for name, places in where.items():
             if name in reasons:
                 continue

@@ -20,7 +20,12 @@ from pyro_blr.tape import Input, Latent, Ref
 __all__ = ["Alike", "Outline"]
 
 _LONGEST = 200  # steps of an expression beyond which likeness is not looked for: a recursion's statements have none
-_COMPARED = 64  # whole numbers (indices, states) at most whose values must agree
+_COMPARED = 64  # numbers at most whose values are compared
+# Steps whose form in a site is the same whatever numbers they take, but for zeros and ones.
+_INDIFFERENT = frozenset(
+    "add radd sub rsub mul rmul div rdiv truediv rtruediv true_divide multiply divide subtract matmul rmatmul mm mv dot inner bmm "
+    "linear addmm addmv baddbmm einsum tensordot cat stack".split()
+)
 
 _T = TypeVar("_T")
 
@@ -43,20 +48,34 @@ class Alike:
         self.members = {member.site.name: member for block in blocks.values() for member in block.members}
         self._found: dict[Hashable, Any] = {}
 
-    def once(self, key: tuple, outputs: Sequence[Any], names: Sequence[str], find: Callable[[], _T]) -> _T:
-        """`find()`, or what it gave for outputs that are alike over the blocks `names`, in their order."""
+    def once(
+        self,
+        key: tuple,
+        outputs: Sequence[Any],
+        names: Sequence[str],
+        find: Callable[[], _T],
+        is_general: Callable[[_T], bool] = lambda _: True,
+    ) -> _T:
+        """`find()`, or what it gave for outputs that are alike over the blocks `names`, in their order.
+
+        `is_general`: whether something found holds for other data of any size, and so for those.
+        """
         outline = self.outline(outputs, names)
         if outline is None:
             return find()
         whole = (key, outline.key)
-        if whole not in self._found:
-            self._found[whole] = find()
-        return self._found[whole]
+        if whole in self._found:
+            return self._found[whole]
+        found = find()
+        if is_general(found):
+            self._found[whole] = found
+        return found
 
     def outline(self, outputs: Sequence[Any], names: Sequence[str], values: bool = True) -> Outline | None:
         """The outline of expressions over some blocks; None where they are too long.
 
-        `values`: whether what is special about the data (zeros, ones, which index) is a part of it, as it may be of a verdict.
+        `values`: whether what is special about the data (zeros, ones, which index, an exponent) is a part of it, as it may be of a
+        verdict, and the line of the program, which a verdict names.
         """
         tape = self.graph.tape
         needed = tape.needed(outputs)
@@ -65,19 +84,19 @@ class Alike:
         place = {index: position for position, index in enumerate(needed)}
         tensors: list[Tensor] = []
 
-        def described(item: Any) -> Any:
+        def described(item: Any, is_indifferent: bool = True) -> Any:
             if isinstance(item, Ref):
                 return "node", place[item.index]
             if isinstance(item, Input):
-                return described(tape.inputs[item.index])
+                return described(tape.inputs[item.index], is_indifferent)
             if isinstance(item, Tensor):
                 tensors.append(item)
                 form = "tensor", tuple(item.shape), item.dtype, item.device, item.requires_grad
-                return (*form, _special(item)) if values else form
+                return (*form, _special(item) if is_indifferent else _numbers(item)) if values else form
             if isinstance(item, (tuple, list)):
-                return tuple(map(described, item))
+                return tuple(described(each, is_indifferent) for each in item)
             if isinstance(item, Mapping):
-                return tuple(sorted((key, described(value)) for key, value in item.items()))
+                return tuple(sorted((key, described(value, is_indifferent)) for key, value in item.items()))
             if isinstance(item, slice):
                 return "slice", described((item.start, item.stop, item.step))
             return repr(item) if getattr(type(item), "__hash__", None) is None else (type(item), item)
@@ -88,7 +107,8 @@ class Alike:
             if isinstance(node.function, Latent):
                 rows.append(self._leaf(node.function.name, names))
             else:
-                rows.append((node.function, described(node.args), described(node.kwargs), node.shape, node.dtype))
+                taken = (described(tree, node.name in _INDIFFERENT) for tree in (node.args, node.kwargs))
+                rows.append((node.function, *taken, node.shape, node.dtype, node.source if values else ""))
         return Outline((tuple(rows), described(list(outputs))), needed, tuple(tensors))
 
     def _leaf(self, site: str, names: Sequence[str]) -> tuple:
@@ -107,4 +127,11 @@ def _special(tensor: Tensor) -> Hashable:
         return id(tensor)
     if tensor.is_floating_point():
         return bool((tensor == 0).all()), bool((tensor == 1).all())
-    return tuple(tensor.flatten().tolist()) if tensor.numel() <= _COMPARED else id(tensor)
+    return _numbers(tensor)
+
+
+def _numbers(tensor: Tensor) -> Hashable:
+    """All of a tensor: its numbers, or which one it is."""
+    if tensor.layout is not torch.strided or tensor.numel() > _COMPARED:
+        return id(tensor)
+    return tuple(tensor.flatten().tolist())

@@ -206,6 +206,30 @@ def test_a_zero_among_coefficients_is_judged_by_itself() -> None:
     assert plans["y_0"].exact and not any(plans[f"y_{t}"].exact for t in range(1, T))
 
 
+def test_an_exponent_is_judged_by_its_value() -> None:
+    """A scale of τ^(−1/2) is conjugate, one of τ^(−1) is not, though both are the same steps on data."""
+    powers = torch.tensor([-0.5, -1.0] * T)[:T]
+
+    def model() -> None:
+        tau = pyro.sample("tau", dist.Gamma(2.0, 2.0))
+        for t in range(T):
+            pyro.sample(f"y_{t}", dist.Normal(0.0, tau ** powers[t]), obs=LINE.double()[t])
+
+    plans = program_of(model).plans
+    assert [plans[f"y_{t}"].exact for t in range(T)] == [t % 2 == 0 for t in range(T)]
+
+
+def test_a_reason_names_its_own_line() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("first", dist.Normal(z.exp(), 1.0), obs=torch.tensor(1.0))
+        pyro.sample("second", dist.Normal(z.exp(), 1.0), obs=torch.tensor(2.0))
+
+    _, first, second = BLRInference(model).explain()["z"]
+    lines = [int(verdict.reason.rstrip(")").rpartition(":")[2]) for verdict in (first, second)]
+    assert lines[1] == lines[0] + 1
+
+
 def test_a_loop_takes_minibatches() -> None:
     """Other data in the same structure: the verdicts hold, and what is woven holds the new data."""
 
