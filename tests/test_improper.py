@@ -128,10 +128,6 @@ def only_ones() -> None:
         pyro.sample("y", dist.Bernoulli(logits=w), obs=torch.ones(4, dtype=torch.float64))
 
 
-def unobserved() -> None:
-    flat("w")
-
-
 def grouped() -> None:
     s, m = flat("s", constraints.positive), pyro.sample("m", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
     pyro.sample("x", dist.Normal(m, s), obs=Y[0])
@@ -142,7 +138,6 @@ IMPROPER = {
     "scale of one effect": (hierarchy(1), "s", "the end of its support"),
     "separable": (separable, "w", "infinity"),
     "only ones": (only_ones, "w", "infinity"),
-    "unobserved": (unobserved, "w", "infinity"),
     "in a group": (grouped, "s", "the end of its support"),
 }
 
@@ -239,17 +234,41 @@ def test_a_run_on_an_improper_posterior_raises(name: str):
         BLRInference(growing(GROWING[name])).run(progress=False)
 
 
+def silenced() -> torch.Tensor:
+    with poutine.mask(mask=torch.tensor(False)):
+        return pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("prior", [silenced, lambda: flat("w", constraints.real_vector, (2,))])
 @pytest.mark.parametrize("method", ["step", "run"])
-def test_an_exact_block_raises_at_the_first_step(method: str):
-    """A silenced prior, and data that determine one direction of two: all messages are exact, and add up to no Gaussian."""
+def test_an_exact_block_raises_at_the_first_step(method: str, prior: Callable[[], torch.Tensor]):
+    """No prior, and data that determine one direction of two: all messages are exact, and add up to no Gaussian."""
 
     def model() -> None:
-        with poutine.mask(mask=torch.tensor(False)):
-            w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(w.sum(), 1.0), obs=Y[0])
+        pyro.sample("x", dist.Normal(prior().sum(), 1.0), obs=Y[0])
 
     engine = BLRInference(model)
     assert engine.explain().exact
     message = "site 'w': its factors add up to no proper distribution of the family MultivariateNormal"
     with pytest.raises(ImproperPosteriorError, match=message):
         engine.run(progress=False) if method == "run" else engine.step()
+
+
+def test_a_flat_prior_has_a_closed_form():
+    """∫ Π N(y_i | z, s) dz, and the least-squares posterior: exact, in one step."""
+    noise = 0.7
+
+    def model() -> None:
+        coefficients = flat("coefficients", constraints.real_vector, (2,))
+        with pyro.plate("rows", len(DESIGN)):
+            pyro.sample("x", dist.Normal(DESIGN @ coefficients, noise), obs=BITS)
+
+    posterior = BLRInference(model).run(progress=False)
+    assert (posterior.elbo_kind, posterior.num_steps) == ("exact evidence", 1)
+    covariance = noise**2 * torch.linalg.inv(DESIGN.mT @ DESIGN)
+    mean = torch.linalg.lstsq(DESIGN, BITS).solution
+    torch.testing.assert_close(posterior["coefficients"].mean, mean)
+    torch.testing.assert_close(posterior["coefficients"].covariance_matrix, covariance)
+    at_mode = dist.Normal(DESIGN @ mean, noise).log_prob(BITS).sum()
+    evidence = at_mode + math.log(2 * math.pi) + 0.5 * torch.logdet(covariance)
+    assert posterior.elbo == pytest.approx(float(evidence), abs=1e-10)

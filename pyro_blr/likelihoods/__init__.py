@@ -14,6 +14,7 @@ from .dirichlet import Dirichlet
 from .exponential import Exponential
 from .gamma import Gamma
 from .geometric import Geometric
+from .improper_uniform import ImproperUniform
 from .inverse_gamma import InverseGamma
 from .log_normal import LogNormal
 from .multinomial import Multinomial
@@ -36,6 +37,7 @@ __all__ = [
     "Exponential",
     "Gamma",
     "Geometric",
+    "ImproperUniform",
     "InverseGamma",
     "Likelihood",
     "Linear",
