@@ -34,11 +34,14 @@ _OF_ONE_VALUE = {Vector: 1, Simplex: 1, Matrix: 2}  # dims of one value of an ar
 
 
 class _Stacked:
-    """A function of one statement as one of all: the tensors in `dims` have the loop's dim first."""
+    """A function of one statement as one of all: the tensors in `dims` have the loop's dim first.
+
+    Its name is not the function's, which would promise that its operands broadcast.
+    """
 
     def __init__(self, function: Callable, dims: tuple):
         self.function, self.dims = function, dims
-        self.__name__ = Node(function, (), {}, "").name
+        self.__name__ = f"stacked {Node(function, (), {}, '').name}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.vmap(lambda *a: self.function(*a, **kwargs), self.dims)(*args)
@@ -167,8 +170,10 @@ class Loom:
         if any(_any(dims) for _, dims in kwargs.values()):
             raise ValueError("a keyword that differs between statements is not stacked")
         function: Any = node.function
-        ranks = [len(shape or ()) for shape, (_, dims) in zip(shapes, args, strict=True) if _any(dims)]
-        if many and not (node.name in _ELEMENTWISE and all(rank == len(node.shape or ()) for rank in ranks)):
+        if node.name in _ELEMENTWISE:
+            rank = len(node.shape or ())
+            values = tuple(_in_line(value, rank) if _any(dims) else value for value, dims in args)
+        elif many:
             function, found.is_plain = _Stacked(node.function, tuple(dims for _, dims in args)), False
         return self.recording.call(
             function, values, options, [v for v in _flat((values, options)) if isinstance(v, Recorded)]
@@ -224,10 +229,7 @@ class Loom:
         value, dims = self._joined(items, found)
         if not _any(dims):
             return self.recording.reference(value)
-        missing = rank - (value.dim() - 1)
-        if missing > 0:
-            value = value.reshape(value.shape[0], *[1] * missing, *value.shape[1:])
-        return self.recording.reference(value)
+        return self.recording.reference(_in_line(value, rank))
 
     # -- whether it is the same --------------------------------------------------------------------------------------------
 
@@ -274,6 +276,12 @@ def _stacked(tensors: Sequence[Tensor]) -> tuple[Tensor, int | None]:
     if any(tensor.requires_grad for tensor in tensors):
         raise ValueError("parameters that are learned are not stacked")
     return torch.stack(list(tensors)), 0
+
+
+def _in_line(value: Tensor, rank: int) -> Tensor:
+    """The value with dims of size one after the loop's, so that `rank` dims are right of it."""
+    missing = rank - (value.dim() - 1)
+    return value.reshape(value.shape[0], *[1] * missing, *value.shape[1:]) if missing > 0 else value
 
 
 def _any(dims: Any) -> bool:

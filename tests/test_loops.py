@@ -206,6 +206,23 @@ def test_a_zero_among_coefficients_is_judged_by_itself() -> None:
     assert plans["y_0"].exact and not any(plans[f"y_{t}"].exact for t in range(1, T))
 
 
+def test_a_loop_over_a_plate_of_its_own_size() -> None:
+    """a_i + b_j, i in a plate and j in a loop, three each: what they hold must not be taken for one another's dim."""
+    y = torch.linspace(-1.0, 2.0, 9, dtype=torch.float64).cos().reshape(3, 3)
+
+    def model() -> None:
+        b = [pyro.sample(f"b_{j}", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0)) for j in range(3)]
+        with pyro.plate("rows", 3):
+            a = pyro.sample("a", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0))
+            for j in range(3):
+                pyro.sample(f"y_{j}", dist.Normal(a + b[j], 1.0), obs=y[:, j])
+
+    one, eye = torch.ones(3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    covariance = torch.kron(eye, one) + 4.0 * torch.kron(one, eye) + torch.eye(9)
+    evidence = dist.MultivariateNormal(torch.zeros(9, dtype=torch.float64), covariance).log_prob(y.flatten())
+    assert BLRInference(model).run(progress=False).elbo == pytest.approx(float(evidence), abs=1e-9)
+
+
 def test_an_exponent_is_judged_by_its_value() -> None:
     """A scale of τ^(−1/2) is conjugate, one of τ^(−1) is not, though both are the same steps on data."""
     powers = torch.tensor([-0.5, -1.0] * T)[:T]
