@@ -11,9 +11,7 @@ from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import is_gaussian
 from pyro_blr.checks import ImproperPosteriorError
-from pyro_blr.concave import uphill
 from pyro_blr.draws import Draws
-from pyro_blr.families import SparseNormal
 from pyro_blr.tails import refuse_flat_tails
 
 __all__ = ["newton_start"]
@@ -90,12 +88,8 @@ def _newton(ascent: Ascent, name: str) -> None:
         whole = start.copy()
         ascent.beliefs = whole
         ascent.move(name, target, 1.0)
-        here, family = start.wide[name]["mean"], ascent.program.blocks[name].family
-        inside = bool(family.contains(target).all())
-        if not inside and not isinstance(family, SparseNormal):  # |S| of a sparse S is not sparse
-            whole.update(name, ascent.targets.with_mean(name, whole, uphill(family, here, target.to(here))))
-        there = whole.wide[name]["mean"]
-        if not nudged and not inside and _stays(here, there):
+        here, there = start.wide[name]["mean"], whole.wide[name]["mean"]
+        if not nudged and _is_saddle(ascent, name, target, here, there):
             nudged, ascent.beliefs = True, start.copy()
             ascent.beliefs.update(name, ascent.targets.with_mean(name, whole, here + _spread(whole, name)))
             height = _height(ascent, name)
@@ -132,9 +126,11 @@ def _refuse_runaway(ascent: Ascent, name: str, heights: list[float]) -> None:
         )
 
 
-def _stays(here: Tensor, there: Tensor) -> bool:
-    """Whether the mean does not move: where the log density is not concave it is between modes, by symmetry."""
-    return bool(((there - here).abs() <= 1e-6 * there.abs().clamp_min(1e-6)).all())
+def _is_saddle(ascent: Ascent, name: str, target: Tensor, here: Tensor, there: Tensor) -> bool:
+    """Whether the mean stays where the log density is not concave: between modes, by symmetry."""
+    spread = there.abs().clamp_min(1e-6)
+    outside = not bool(ascent.program.blocks[name].family.contains(target).all())
+    return outside and bool(((there - here).abs() <= 1e-6 * spread).all())
 
 
 def _spread(beliefs: Beliefs, name: str) -> Tensor:

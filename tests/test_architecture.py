@@ -87,7 +87,6 @@ LAYERS = [
     "replays",
     "messages",
     "together",
-    "concave",
     "program",
     "beliefs",
     "accuracy",
