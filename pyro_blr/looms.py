@@ -34,10 +34,7 @@ _OF_ONE_VALUE = {Vector: 1, Simplex: 1, Matrix: 2}  # dims of one value of an ar
 
 
 class _Stacked:
-    """A function of one statement as one of all: the tensors in `dims` have the loop's dim first.
-
-    Its name is not the function's, which would promise that its operands broadcast.
-    """
+    """A function of one statement as one of all: the tensors in `dims` have the loop's dim first, and need not broadcast."""
 
     def __init__(self, function: Callable, dims: tuple):
         self.function, self.dims = function, dims
