@@ -689,7 +689,7 @@ def test_there_are_enough_cases():
             (),
             (Y[0],),
             ImproperPosteriorError,
-            "site 'm': its prior ImproperUniform is improper.*Give the site a proper prior",
+            "site 'm': its factors add up to no proper distribution.*give the site a proper prior",
         ),
         Case(
             "a density that grows",
