@@ -23,14 +23,6 @@ NOISE = 0.8
 SITES = ("loop", "plate", "vector", "scalar", "matrix", "vectors")
 
 
-@pytest.fixture(autouse=True)
-def double() -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def program(seed: int) -> Callable[[], None]:
     """`length` statements of `width` elements, each N(Σ c z, 0.8²): z from sites of every form, in a plate or in an event."""
     choice = random.Random(seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -16,20 +16,9 @@ from pyro_blr.beliefs import Beliefs
 from pyro_blr.messages import Messages
 from pyro_blr.program import Program, Programs
 
-pytestmark = pytest.mark.usefixtures("float64")
-
 T = 7
 COUNTS = torch.tensor([3.0, 4.0, 0.0, 1.0, 1.0, 5.0, 2.0])
 LINE = torch.tensor([0.3, -0.2, 1.1, 0.7, 2.0, 1.4, 0.9])
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(before)
 
 
 def level(length: int = T) -> None:

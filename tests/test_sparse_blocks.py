@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,6 @@ from pyro_blr import BLRInference, Posterior
 from pyro_blr import groups as groups_of
 from pyro_blr.families import Pattern, SparseNormal
 from pyro_blr.program import Programs
-
-pytestmark = pytest.mark.usefixtures("float64")
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(before)
 
 
 @pytest.fixture
