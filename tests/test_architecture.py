@@ -181,7 +181,7 @@ BUILT_ON: dict[str, set[str]] = {
     "families/transformed_normal.py": {"normal", "multivariate_normal", "diagonal_normal"},
 }
 
-OPTIONAL = {"arviz", "arviz_stats", "pandas", "xarray", "matplotlib", "tqdm", "triton", "IPython"}
+OPTIONAL = {"arviz", "arviz_stats", "pandas", "xarray", "matplotlib", "tqdm", "triton", "IPython", "torchmetrics"}
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 MAX_LINES, MAX_FUNCTION_LINES = 300, 50

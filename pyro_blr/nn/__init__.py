@@ -1,5 +1,23 @@
-"""Bayesian neural networks: the rule as a torch optimizer."""
+"""Bayesian neural networks: the rule as a torch optimizer, and what its posterior predicts."""
 
+from pyro_blr.nn.evaluation import (
+    ClassificationScores,
+    RegressionScores,
+    classification_scores,
+    out_of_distribution_auroc,
+    predictive_log_probs,
+    regression_scores,
+)
 from pyro_blr.nn.optimizer import BLROptimizer
+from pyro_blr.nn.predictions import predict
 
-__all__ = ["BLROptimizer"]
+__all__ = [
+    "BLROptimizer",
+    "ClassificationScores",
+    "RegressionScores",
+    "classification_scores",
+    "out_of_distribution_auroc",
+    "predict",
+    "predictive_log_probs",
+    "regression_scores",
+]
