@@ -1,5 +1,6 @@
-"""Bayesian neural networks: the rule as a torch optimizer, and what its posterior predicts."""
+"""Bayesian neural networks: the rule as a torch optimizer, modules as sites of Pyro models, and what their posterior predicts."""
 
+from pyro_blr.nn._priors import Prior
 from pyro_blr.nn.evaluation import (
     ClassificationScores,
     RegressionScores,
@@ -8,13 +9,17 @@ from pyro_blr.nn.evaluation import (
     predictive_log_probs,
     regression_scores,
 )
+from pyro_blr.nn.modules import BayesianModule, bayesian
 from pyro_blr.nn.optimizer import BLROptimizer
 from pyro_blr.nn.predictions import predict
 
 __all__ = [
     "BLROptimizer",
+    "BayesianModule",
     "ClassificationScores",
+    "Prior",
     "RegressionScores",
+    "bayesian",
     "classification_scores",
     "out_of_distribution_auroc",
     "predict",
