@@ -1,4 +1,4 @@
-"""Bayesian neural networks: the rule as a torch optimizer, modules as sites of Pyro models, and what their posterior predicts."""
+"""Bayesian neural networks: the rule as a torch optimizer, modules as sites of Pyro models, last layers, and what they predict."""
 
 from pyro_blr.nn._priors import Prior
 from pyro_blr.nn.evaluation import (
@@ -9,6 +9,7 @@ from pyro_blr.nn.evaluation import (
     predictive_log_probs,
     regression_scores,
 )
+from pyro_blr.nn.heads import GaussianHead
 from pyro_blr.nn.modules import BayesianModule, bayesian
 from pyro_blr.nn.optimizer import BLROptimizer
 from pyro_blr.nn.predictions import predict
@@ -17,6 +18,7 @@ __all__ = [
     "BLROptimizer",
     "BayesianModule",
     "ClassificationScores",
+    "GaussianHead",
     "Prior",
     "RegressionScores",
     "bayesian",
