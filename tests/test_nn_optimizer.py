@@ -531,3 +531,43 @@ def test_state_is_twelve_bytes_a_parameter(dtype: torch.dtype) -> None:
     optimizer.step(closure_of(net, x, y, True))
     held = [v for p in net.parameters() for v in optimizer.state[p].values() if torch.is_tensor(v)]
     assert sum(v.numel() * v.element_size() for v in held) == 12 * sum(p.numel() for p in net.parameters())
+
+
+def test_a_prior_for_each_parameter_is_a_group_for_each() -> None:
+    """Numbers and tensors by parameter, against groups of one parameter and one parameter for each row."""
+    x, y = torch.randn(40, 3), torch.randn(40, 2)
+
+    def fitted(parameters: list[Tensor], groups: list[dict]) -> list[Tensor]:
+        optimizer = BLROptimizer(groups, num_data=40, seed=0, initial_curvature=1.0, curvature="price")
+        for _ in range(5):
+            with optimizer.sampled():
+                rows = torch.stack(parameters[:-1]) if len(parameters) > 2 else parameters[0]
+                (0.5 * (x @ rows.T + parameters[-1] - y).square().sum() / 40).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [torch.cat([p.detach().reshape(-1) for p in parameters[:-1]]), parameters[-1].detach()]
+
+    def noise(template: Tensor, key: int) -> Tensor:  # the same for a matrix as for its rows
+        return torch.full_like(template, 0.5)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pyro_blr.nn._buckets.normal_like", noise)
+        matrix, bias = torch.ones(2, 3, requires_grad=True), torch.ones(2, requires_grad=True)
+        precisions, means = [torch.tensor([[1.0], [7.0]]), 3.0], [torch.tensor([[0.5], [-0.5]]), 2.0]
+        together = fitted(
+            [matrix, bias], [{"params": [matrix, bias], "prior_precision": precisions, "prior_mean": means}]
+        )
+        rows, own = [torch.ones(3, requires_grad=True) for _ in range(2)], torch.ones(2, requires_grad=True)
+        groups = [
+            {"params": [rows[0]], "prior_precision": 1.0, "prior_mean": 0.5},
+            {"params": [rows[1]], "prior_precision": 7.0, "prior_mean": -0.5},
+            {"params": [own], "prior_precision": 3.0, "prior_mean": 2.0},
+        ]
+        apart = fitted([*rows, own], groups)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_negative_prior_precision_in_a_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="prior_precision is -1"):
+        BLROptimizer([{"params": [torch.zeros(1, requires_grad=True)], "prior_precision": [-1.0]}], num_data=1)

@@ -24,11 +24,12 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter, its state, and its place among all parameters."""
+    """A parameter, its state, its place among all parameters, and that in its group."""
 
     parameter: Tensor
     state: dict[str, Any]
     index: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ class Bucket:
         """mean, momentum or curvature of every entry."""
         return [entry.state[name] for entry in self.entries]
 
+    def prior(self, name: str) -> Any:
+        """The group's prior_precision or prior_mean: a number, or one for each entry; all of them tensors where one is."""
+        value = self.group[name]
+        if not isinstance(value, (list, tuple)):
+            return value
+        own = [value[entry.place] for entry in self.entries]
+        if any(torch.is_tensor(one) for one in own):
+            own = [torch.as_tensor(x).to(mean) for x, mean in zip(own, self.of_state("mean"), strict=True)]
+        return own
+
     def noise(self, *numbers: int) -> list[Tensor]:
         """ε of every entry, (*shape) each, from `numbers` and its index."""
         return [normal_like(entry.state["mean"], mixed(*numbers, entry.index)) for entry in self.entries]
@@ -62,7 +73,7 @@ class Bucket:
     def precision(self) -> list[Tensor]:
         """s = N h + δ, (*shape) each; never zero."""
         precision = torch._foreach_mul(self.of_state("curvature"), float(self.group["num_data"]))
-        torch._foreach_add_(precision, self.group["prior_precision"])
+        torch._foreach_add_(precision, self.prior("prior_precision"))
         torch._foreach_clamp_min_(precision, 1e-30)
         return list(precision)
 

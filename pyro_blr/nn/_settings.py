@@ -28,19 +28,28 @@ CURVATURES = ("auto", "labels", "examples", "price")
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError where a setting of a parameter group has no meaning."""
-    data, precision = group["num_data"], group["prior_precision"]
+    data = group["num_data"]
     if not is_number(data) or not 0 < data < math.inf:
         raise ValueError(
             f"num_data is {data!r}; expected the number of data that the mean loss stands for, above zero: "
             "pass len(dataset) (for a language model the number of tokens)"
         )
-    if not is_number(precision) or not 0 <= precision < math.inf:
-        raise ValueError(
-            f"prior_precision is {precision!r}; expected a finite number, zero or more: it is one over the prior variance "
-            "(weight decay times num_data)"
-        )
-    if not is_number(group["prior_mean"]) or not math.isfinite(group["prior_mean"]):
-        raise ValueError(f"prior_mean is {group['prior_mean']!r}; expected a finite number")
+    for name in ("prior_precision", "prior_mean"):
+        values, parameters = group[name], group.get("params")
+        if isinstance(values, (list, tuple)) and isinstance(parameters, list) and len(values) != len(parameters):
+            raise ValueError(
+                f"{name} is a list of {len(values)}; expected one for each of {len(parameters)} parameters"
+            )
+    precisions = each(group["prior_precision"])
+    for precision in precisions:
+        if not torch.is_tensor(precision) and not (is_number(precision) and 0 <= precision < math.inf):
+            raise ValueError(
+                f"prior_precision is {precision!r}; expected a finite number, zero or more: it is one over the prior variance "
+                "(weight decay times num_data)"
+            )
+    for mean in each(group["prior_mean"]):
+        if not torch.is_tensor(mean) and not (is_number(mean) and math.isfinite(mean)):
+            raise ValueError(f"prior_mean is {mean!r}; expected a finite number")
     within(group, "lr", 0, math.inf, "1 is the natural gradient itself")
     within(group, "momentum", 0, 1, "the weight of past gradients, below 1")
     within(group, "decay", 0, math.inf, "the power of the step count by which the rate falls; 0 keeps rates constant")
@@ -57,10 +66,15 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"initial_curvature is {first!r}; expected a number, zero or more, or None to take it from the data"
         )
-    if first == 0 and precision == 0:
+    if first == 0 and any(is_number(precision) and precision == 0 for precision in precisions):
         raise ValueError(
             "initial_curvature and prior_precision are both 0: q would have no scale; give one of them a value"
         )
+
+
+def each(value: Any) -> list[Any]:
+    """A value for all parameters of a group, or one for each."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def within(group: Mapping[str, Any], name: str, low: float, high: float, meaning: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_blr.nn._buckets import state_dtype
+from pyro_blr.nn._buckets import Entry, state_dtype
 
 __all__ = ["first_curvature", "new_state"]
 
@@ -29,7 +29,7 @@ def new_state(parameter: Tensor, curvature: float) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def first_curvature(parameter: Tensor, gradient: Tensor, measured: Tensor | None, group: Mapping[str, Any]) -> float:
+def first_curvature(entry: Entry, gradient: Tensor, measured: Tensor | None, group: Mapping[str, Any]) -> float:
     """h₀, the same for all elements, so that one small gradient makes no large standard deviation.
 
     Measured at the mean where it could be. Otherwise so that the first standard deviations are at most a tenth of the weights'
@@ -37,6 +37,9 @@ def first_curvature(parameter: Tensor, gradient: Tensor, measured: Tensor | None
     """
     if measured is not None:
         return float(measured.mean())
-    size, slope = parameter.to(torch.float64).square().mean(), gradient.to(torch.float64).square().mean()
-    precision = max(group["prior_precision"], 100 / float(size) if size > 0 else 0.0, group["num_data"] * float(slope))
-    return (precision - group["prior_precision"]) / group["num_data"]
+    said = group["prior_precision"]
+    said = said[entry.place] if isinstance(said, (list, tuple)) else said
+    prior = float(torch.as_tensor(said).mean(dtype=torch.float64))
+    size, slope = entry.parameter.to(torch.float64).square().mean(), gradient.to(torch.float64).square().mean()
+    precision = max(prior, 100 / float(size) if size > 0 else 0.0, group["num_data"] * float(slope))
+    return (precision - prior) / group["num_data"]

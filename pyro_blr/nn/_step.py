@@ -57,7 +57,7 @@ def take_group(group: dict[str, Any], entries: Sequence[Entry], evidence: Eviden
     for entry in reached:
         if not entry.state:
             square = evidence.square(entry.parameter) if entry.parameter in evidence.squares else None
-            first = first_curvature(entry.parameter, gradients[entry.index], square, group)
+            first = first_curvature(entry, gradients[entry.index], square, group)
             entry.state.update(new_state(entry.parameter, first))
     for bucket in buckets(group, reached):
         own = zip(bucket.entries, bucket.of_state("mean"), strict=True)

@@ -33,7 +33,9 @@ def move_curvature(bucket: Bucket, measured: Sequence[Tensor], definite: bool) -
     group, state = bucket.group, bucket.entries[0].state
     rate = curvature_rate(state["measurements"] + 1, group["curvature_rate"], group["decay"] > 0)
     curvature = bucket.of_state("curvature")
-    total = list(torch._foreach_add(curvature, group["prior_precision"] / group["num_data"]))
+    prior = bucket.prior("prior_precision")
+    each = [one / group["num_data"] for one in prior] if isinstance(prior, list) else prior / group["num_data"]
+    total = list(torch._foreach_add(curvature, each))
     difference = list(torch._foreach_sub(list(measured), curvature))
     torch._foreach_mul_(difference, rate)
     if not definite:
@@ -56,8 +58,7 @@ def move_mean(bucket: Bucket, gradient: Sequence[Tensor]) -> None:
     torch._foreach_lerp_(momentum, list(gradient), 1 - beta)
     # N (g + δ (m − m₀) / N) / s, the natural gradient.
     direction = list(torch._foreach_mul(momentum, group["num_data"] / (1 - beta**step)))
-    torch._foreach_add_(direction, mean, alpha=group["prior_precision"])
-    torch._foreach_sub_(direction, group["prior_precision"] * group["prior_mean"])
+    add_prior(bucket, direction)
     precision = bucket.precision()
     torch._foreach_div_(direction, precision)
     torch._foreach_mul_(direction, -mean_rate(step, group["lr"], group["decay"]))
@@ -70,6 +71,18 @@ def move_mean(bucket: Bucket, gradient: Sequence[Tensor]) -> None:
     torch._foreach_copy_(bucket.parameters, mean)
     for entry in bucket.entries:
         entry.state["step"] = step
+
+
+def add_prior(bucket: Bucket, direction: list[Tensor]) -> None:
+    """direction += δ (m − m₀)."""
+    precision, origin, mean = bucket.prior("prior_precision"), bucket.prior("prior_mean"), bucket.of_state("mean")
+    if not isinstance(precision, list) and not isinstance(origin, list):
+        torch._foreach_add_(direction, mean, alpha=precision)
+        torch._foreach_sub_(direction, precision * origin)
+        return
+    away = list(torch._foreach_sub(mean, origin))
+    torch._foreach_mul_(away, precision)
+    torch._foreach_add_(direction, away)
 
 
 def clip(values: list[Tensor], radius: list[Tensor]) -> None:

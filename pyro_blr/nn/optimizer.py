@@ -46,7 +46,8 @@ class BLROptimizer(Optimizer):
 
     params: parameters, or groups of them, which may have values of their own for every argument but samples and antithetic.
     num_data: N, how many data the mean loss stands for; for a language model, tokens.
-    prior_precision, prior_mean: δ and m₀; δ / N is AdamW's weight decay.
+    prior_precision, prior_mean: δ and m₀; δ / N is AdamW's weight decay. In a group also a list, for each parameter a number or a tensor
+        that broadcasts to it.
     lr, decay: α_t = lr / (1 + t / decay); decay=0 keeps α, and ρ, constant.
     momentum: β₁ of the gradient's running mean.
     curvature: "labels" (Gauss-Newton at sampled labels, one more backward), "examples" (the same from the gradient of every example:
@@ -225,9 +226,9 @@ class BLROptimizer(Optimizer):
         """Every parameter that is not frozen, with its group; places count the frozen ones too."""
         index = 0
         for group in self.param_groups:
-            for parameter in group["params"]:
+            for place, parameter in enumerate(group["params"]):
                 if parameter.requires_grad:
-                    yield group, Entry(parameter, self.state[parameter], index)
+                    yield group, Entry(parameter, self.state[parameter], index, place)
                 index += 1
 
     def _by_group(self) -> list[tuple[dict[str, Any], list[Entry]]]:
