@@ -9,7 +9,7 @@ from pyro_blr.nn.evaluation import (
     predictive_log_probs,
     regression_scores,
 )
-from pyro_blr.nn.heads import GaussianHead
+from pyro_blr.nn.heads import BernoulliHead, GaussianHead, HeadPrediction, OneVsEachHead
 from pyro_blr.nn.modules import BayesianModule, bayesian
 from pyro_blr.nn.optimizer import BLROptimizer
 from pyro_blr.nn.predictions import predict
@@ -17,8 +17,11 @@ from pyro_blr.nn.predictions import predict
 __all__ = [
     "BLROptimizer",
     "BayesianModule",
+    "BernoulliHead",
     "ClassificationScores",
     "GaussianHead",
+    "HeadPrediction",
+    "OneVsEachHead",
     "Prior",
     "RegressionScores",
     "bayesian",

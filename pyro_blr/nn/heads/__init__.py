@@ -1,5 +1,9 @@
 """Last layers with a posterior in closed form, or by natural gradients."""
 
+from pyro_blr.nn.heads._polya_gamma import PolyaGammaHead
+from pyro_blr.nn.heads._predictions import HeadPrediction
+from pyro_blr.nn.heads.bernoulli import BernoulliHead
 from pyro_blr.nn.heads.gaussian import GaussianHead
+from pyro_blr.nn.heads.one_vs_each import OneVsEachHead
 
-__all__ = ["GaussianHead"]
+__all__ = ["BernoulliHead", "GaussianHead", "HeadPrediction", "OneVsEachHead", "PolyaGammaHead"]

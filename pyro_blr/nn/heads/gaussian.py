@@ -84,7 +84,7 @@ class GaussianHead(Head):
     def forget(self, features: Tensor, targets: Tensor) -> None:
         """Subtracts what `observe` added for the same data: the posterior is that without them, to rounding.
 
-        Raises ValueError, and changes nothing, where what would remain is the sum over no data.
+        Raises ValueError, and changes nothing, where no data have such sums.
         """
         kept = [buffer.clone() for buffer in self.buffers()]
         try:
