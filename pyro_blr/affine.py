@@ -13,7 +13,7 @@ from pyro_blr.cuts import Moved, Sum, refs_of
 from pyro_blr.families import LogNormal, TransformedNormal
 from pyro_blr.forms import UNUSABLE, mixed_dims
 from pyro_blr.graph import FactorGraph
-from pyro_blr.kinds import Form, Sort, kind_of
+from pyro_blr.kinds import Form, Judge, Sort
 from pyro_blr.likelihoods import Linear
 from pyro_blr.plans import Argument
 from pyro_blr.probe import Probe
@@ -31,6 +31,7 @@ class AffineNodes:
     def __init__(self, graph: FactorGraph, blocks: Mapping[str, Block]):
         self.graph, self.blocks = graph, blocks
         self.block_of = {site: block for block in blocks.values() for site in block.site_names}
+        self.judge = Judge(graph.tape)
         self.renew()
 
     def renew(self) -> None:
@@ -112,13 +113,13 @@ class AffineNodes:
         mine = sorted(self.graph.tape.latents_of(ref) & sites)
         transformed = [site for site in mine if self._is_transformed(site)]
         if len(mine) == 1 and transformed:
-            kind = kind_of(self.graph.tape, ref, mine[0], Sort.REAL)
+            kind = self.judge.kind_of(ref, mine[0], Sort.REAL)
             if kind.form is Form.SELECTION:
                 return Moved(ref, mine[0])
         for site in mine:
             if site in transformed:
                 continue  # affine in the logarithm of a site, say: only values tell
-            kind = kind_of(self.graph.tape, ref, site, Sort.REAL)
+            kind = self.judge.kind_of(ref, site, Sort.REAL)
             linear = kind.form in (Form.SELECTION, Form.AFFINE, Form.COMPLEMENT)
             if not (linear or (kind.form is Form.MONOMIAL and kind.power == 1)):
                 return None

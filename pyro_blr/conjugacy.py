@@ -28,7 +28,7 @@ from pyro_blr.forms import (
     products_of,
 )
 from pyro_blr.graph import Factor, FactorGraph
-from pyro_blr.kinds import Form, Kind, Sort, kind_of
+from pyro_blr.kinds import Form, Judge, Kind, Sort
 from pyro_blr.likelihoods import Likelihood, Linear, Vector, likelihood_of
 from pyro_blr.likeness import Alike
 from pyro_blr.plans import PROVED, Argument, FactorPlan, Verdict
@@ -95,7 +95,7 @@ class _Judge:
     def __init__(self, graph: FactorGraph, blocks: Mapping[str, Block]):
         self.graph, self.blocks = graph, blocks
         self.block_of = {site: name for name, block in blocks.items() for site in block.site_names}
-        self.probe = Probe(graph, blocks)
+        self.probe, self.structure = Probe(graph, blocks), Judge(graph.tape)
         self.alike = Alike(graph, blocks)
 
     def replayed(self, factor: Factor, latents: frozenset[str], aligned: bool) -> FactorPlan:
@@ -272,7 +272,7 @@ class _Judge:
                 sort = candidate
         if isinstance(block.family, LogNormal):
             sort = Sort.POSITIVE
-        kinds = [kind_of(self.graph.tape, argument.ref, site, sort) for site in block.site_names if site in named]
+        kinds = [self.structure.kind_of(argument.ref, site, sort) for site in block.site_names if site in named]
         if len(kinds) == 1:
             return kinds[0]
         others = [kind for kind in kinds if allowed_form(argument.role, block, kind) is None]

@@ -1,9 +1,9 @@
-"""`kind_of`: abstract interpretation of a tape, one site at a time."""
+"""`Judge`: abstract interpretation of a tape, one site at a time."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any
 
@@ -15,39 +15,57 @@ from pyro_blr.kinds._values import Form, Kind, Sort, Value, shared_dims
 from pyro_blr.kinds._views import VIEW_RULES, pick
 from pyro_blr.tape import Latent, Node, Ref, Tape, refs_in
 
-__all__ = ["kind_of"]
+__all__ = ["Judge", "kind_of"]
 
 RULES: dict[str, Rule] = {**VIEW_RULES, **JOIN_RULES, **ARITHMETIC_RULES, **MATRIX_RULES}
 
 
-def kind_of(tape: Tape, ref: Any, site: str, sort: Sort) -> Kind:
-    """What the expression `ref` of the tape is as a function of `site`, all other latents held.
+class Judge:
+    """`kind_of` for many expressions of one tape, each node judged once for a site.
 
-    A claim holds for every value of the site and of the other latents.  An operation without a rule
-    is `OTHER`, never an error.
+    Nodes may be appended meanwhile, and inputs; a recursion of 200 steps has a thousand nodes, any of which may be asked about.
     """
-    if site not in tape.latents_of(ref):
-        return Kind(Form.CONSTANT)
-    assumes: set[int] = set()
-    values: dict[int, Value | Bundle] = {}
-    for index in _dependent(tape, ref, site):
-        values[index] = _value_of(Call(tape, site, sort, index, tape.nodes[index], values, assumes))
-    value = values[ref.index]
-    assert isinstance(value, Value), "a tuple is no expression"
-    return value.kind(sort, frozenset(assumes))
+
+    def __init__(self, tape: Tape):
+        self.tape = tape
+        self._values: dict[tuple[str, Sort], dict[int, Value | Bundle]] = {}
+        self._assumes: dict[tuple[str, Sort], dict[int, frozenset[int]]] = {}  # of a node and those before it
+
+    def kind_of(self, ref: Any, site: str, sort: Sort) -> Kind:
+        """What the expression `ref` of the tape is as a function of `site`, all other latents held.
+
+        A claim holds for every value of the site and of the other latents.  An operation without a rule
+        is `OTHER`, never an error.
+        """
+        if site not in self.tape.latents_of(ref):
+            return Kind(Form.CONSTANT)
+        values = self._values.setdefault((site, sort), {})
+        assumes = self._assumes.setdefault((site, sort), {})
+        for index in self._unjudged(ref, site, values):
+            node, own = self.tape.nodes[index], set[int]()
+            values[index] = _value_of(Call(self.tape, site, sort, index, node, values, own))
+            before = (assumes.get(found.index, frozenset()) for found in refs_in((node.args, node.kwargs)))
+            assumes[index] = frozenset(own).union(*before)
+        value = values[ref.index]
+        assert isinstance(value, Value), "a tuple is no expression"
+        return value.kind(sort, assumes[ref.index])
+
+    def _unjudged(self, ref: Ref, site: str, values: Container[int]) -> list[int]:
+        """The nodes between the site and `ref` that have no value yet, in order."""
+        wanted, stack = set[int](), [ref.index]
+        while stack:
+            index = stack.pop()
+            if index in wanted or index in values or site not in self.tape.latents_of(Ref(index)):
+                continue
+            wanted.add(index)
+            node = self.tape.nodes[index]
+            stack.extend(found.index for found in refs_in((node.args, node.kwargs)))
+        return sorted(wanted)
 
 
-def _dependent(tape: Tape, ref: Ref, site: str) -> list[int]:
-    """The nodes between the site and `ref`, in order."""
-    wanted, stack = set(), [ref.index]
-    while stack:
-        index = stack.pop()
-        if index in wanted or site not in tape.latents_of(Ref(index)):
-            continue
-        wanted.add(index)
-        node = tape.nodes[index]
-        stack.extend(found.index for found in refs_in((node.args, node.kwargs)))
-    return sorted(wanted)
+def kind_of(tape: Tape, ref: Any, site: str, sort: Sort) -> Kind:
+    """`Judge.kind_of` of one expression."""
+    return Judge(tape).kind_of(ref, site, sort)
 
 
 def _value_of(call: Call) -> Value | Bundle:
