@@ -11,7 +11,9 @@ from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import is_gaussian
 from pyro_blr.checks import ImproperPosteriorError
+from pyro_blr.concave import uphill
 from pyro_blr.draws import Draws
+from pyro_blr.families import SparseNormal
 from pyro_blr.tails import refuse_flat_tails
 
 __all__ = ["newton_start"]
@@ -22,6 +24,7 @@ _NEWTON_ROUNDS = 3
 _FEW = 16  # draws that tell whether a search was of use
 _RUNAWAY_STEPS = 20  # and _RUNAWAY_NATS: how long and how far a search must have gone to be called endless
 _RUNAWAY_NATS = 1e6
+_SLOW = 0.01  # of the best step's gain: less is next to nothing
 _NEAR = 1e-3  # nats that the last of them gains
 _NEAR_ENOUGH = 0.1  # the same where the steps after them are as good, and without noise
 
@@ -88,29 +91,53 @@ def _newton(ascent: Ascent, name: str) -> None:
         whole = start.copy()
         ascent.beliefs = whole
         ascent.move(name, target, 1.0)
-        here, there = start.wide[name]["mean"], whole.wide[name]["mean"]
-        if not nudged and _is_saddle(ascent, name, target, here, there):
+        here, family = start.wide[name]["mean"], ascent.program.blocks[name].family
+        inside = bool(family.contains(target).all())
+        ways = [whole.wide[name]["mean"]]
+        if not inside and not isinstance(family, SparseNormal):  # |S| of a sparse S is not sparse
+            ways.append(uphill(family, here, target.to(here)))
+        if not nudged and not inside and all(_stays(here, there) for there in ways):
             nudged, ascent.beliefs = True, start.copy()
             ascent.beliefs.update(name, ascent.targets.with_mean(name, whole, here + _spread(whole, name)))
             height = _height(ascent, name)
             continue
-        for halvings in range(_HALVINGS):
-            ascent.beliefs = whole.copy()
-            if halvings:
-                ascent.beliefs.update(
-                    name, ascent.targets.with_mean(name, whole, here + 0.5**halvings * (there - here))
-                )
-            reached = _height(ascent, name)
-            if reached >= height - 1e-9 * abs(height) or not math.isfinite(height):
-                break
-        else:
+        found = [_shortened(ascent, name, whole, here, there, height) for there in ways]
+        held = [step for step in found if step is not None]
+        if not held:
             ascent.beliefs = start
             break
+        reached, halvings, ascent.beliefs = _preferred(held, height)
         if abs(reached - height) < enough and not halvings:
             return
         height = reached
         heights.append(reached)
     _refuse_runaway(ascent, name, heights)
+
+
+def _shortened(
+    ascent: Ascent, name: str, whole: Beliefs, here: Tensor, there: Tensor, height: float
+) -> tuple[float, int, Beliefs] | None:
+    """(height, halvings, q) where the step from here, halved while the log density falls, holds; None where none does."""
+    for halvings in range(_HALVINGS):
+        ascent.beliefs = whole.copy()
+        mean = here + 0.5**halvings * (there - here)
+        ascent.beliefs.update(name, ascent.targets.with_mean(name, whole, mean))
+        reached = _height(ascent, name)
+        if reached >= height - 1e-9 * abs(height) or not math.isfinite(height):
+            return reached, halvings, ascent.beliefs
+    return None
+
+
+def _preferred(held: list[tuple[float, int, Beliefs]], height: float) -> tuple[float, int, Beliefs]:
+    """The last of them, the step uphill, unless it gains next to nothing beside the best, or is far behind it.
+
+    A bent step gains at once what steps uphill gain later, and ends where the search creeps.  Far out a step uphill divides what is
+    left by about e, so that from there the search would take more of them than it has.
+    """
+    best = max(held, key=lambda step: step[0])
+    last = held[-1]
+    is_slow = last[0] - height < _SLOW * (best[0] - height) or best[0] - last[0] > math.exp(_NEWTON_STEPS)
+    return best if is_slow else last
 
 
 def _refuse_runaway(ascent: Ascent, name: str, heights: list[float]) -> None:
@@ -126,11 +153,9 @@ def _refuse_runaway(ascent: Ascent, name: str, heights: list[float]) -> None:
         )
 
 
-def _is_saddle(ascent: Ascent, name: str, target: Tensor, here: Tensor, there: Tensor) -> bool:
-    """Whether the mean stays where the log density is not concave: between modes, by symmetry."""
-    spread = there.abs().clamp_min(1e-6)
-    outside = not bool(ascent.program.blocks[name].family.contains(target).all())
-    return outside and bool(((there - here).abs() <= 1e-6 * spread).all())
+def _stays(here: Tensor, there: Tensor) -> bool:
+    """Whether the mean does not move: where the log density is not concave it is between modes, by symmetry."""
+    return bool(((there - here).abs() <= 1e-6 * there.abs().clamp_min(1e-6)).all())
 
 
 def _spread(beliefs: Beliefs, name: str) -> Tensor:

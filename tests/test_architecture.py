@@ -87,6 +87,7 @@ LAYERS = [
     "replays",
     "messages",
     "together",
+    "concave",
     "program",
     "beliefs",
     "accuracy",
