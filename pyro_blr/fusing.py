@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_blr.lowering import flattened, replayed
+from pyro_blr.bindings import replayed
+from pyro_blr.lowering import flattened
 
 __all__ = ["OneProgram", "fused"]
 

@@ -13,14 +13,14 @@ __all__ = ["cut_short", "patient", "patiently", "undone_by", "uninterrupted"]
 
 
 class _Waiting:
-    """A handler of SIGINT that only notes it; an impatient one lets the second through."""
+    """A handler of SIGINT that only notes it; an impatient one lets the second through, where it is not held."""
 
     def __init__(self, before: Any, impatient: bool):
-        self.before, self.impatient, self.count = before, impatient, 0
+        self.before, self.impatient, self.count, self.held = before, impatient, 0, 0
 
     def __call__(self, number: int, frame: Any) -> None:
         self.count += 1
-        if self.impatient and self.count > 1:
+        if self.impatient and not self.held and self.count > 1:
             self.before(number, frame)
 
     def check(self) -> None:
@@ -30,40 +30,50 @@ class _Waiting:
             self.before(signal.SIGINT, None)
 
 
-@contextlib.contextmanager
-def _waiting(impatient: bool) -> Iterator[_Waiting]:
-    before: Any = signal.getsignal(signal.SIGINT)
-    handler = _Waiting(before, impatient)
-    if not callable(before) or not _is_main():
-        yield handler  # there is nobody to tell
-        return
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-        handler.check()
+class _Guard:
+    """Waits with Ctrl-C from its beginning to its end.  (No generator: every step has two of these.)"""
+
+    def __init__(self, impatient: bool):
+        self.impatient = impatient
+
+    def __enter__(self) -> Callable[[], None]:
+        found: Any = signal.getsignal(signal.SIGINT)
+        usable = callable(found) and _is_main()  # otherwise there is nobody to tell
+        self.outer = found if usable and isinstance(found, _Waiting) else None
+        self.mine = _Waiting(found, self.impatient) if usable and self.outer is None else None
+        if self.mine is not None:
+            signal.signal(signal.SIGINT, self.mine)
+            return self.mine.check
+        if self.outer is not None and not self.impatient:
+            self.outer.held += 1
+            self.count = self.outer.count
+        return self.outer.check if self.outer is not None and self.outer.impatient else _nothing
+
+    def __exit__(self, *_: Any) -> None:
+        if self.mine is not None:
+            signal.signal(signal.SIGINT, self.mine.before)
+            self.mine.check()
+        elif self.outer is not None and not self.impatient:
+            self.outer.held -= 1
+            if self.outer.impatient and not self.outer.held and self.outer.count > max(self.count, 1):
+                self.outer.before(signal.SIGINT, None)
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def _nothing() -> None:
+    """The guard outside decides."""
+
+
+def uninterrupted() -> _Guard:
     """Ctrl-C (SIGINT) inside takes effect at the end."""
-    with _waiting(impatient=False):
-        yield
+    return _Guard(impatient=False)
 
 
-@contextlib.contextmanager
-def patient() -> Iterator[Callable[[], None]]:
-    """Ctrl-C inside takes effect where the function that is given is called, or at the end; a second one at once.
+def patient() -> _Guard:
+    """Ctrl-C inside takes effect where the function that it gives is called, or at the end; a second one at once.
 
     An exception anywhere would also fall into the middle of what the libraries below set and set back.
     """
-    outer = signal.getsignal(signal.SIGINT)
-    if isinstance(outer, _Waiting) and _is_main():  # which decides
-        yield outer.check if outer.impatient else lambda: None
-        return
-    with _waiting(impatient=True) as handler:
-        yield handler.check
+    return _Guard(impatient=True)
 
 
 def patiently(method: Callable) -> Callable:

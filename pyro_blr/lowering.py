@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["flattened", "lowered", "replayed"]
+from pyro_blr.bindings import replayed
+
+__all__ = ["flattened", "lowered"]
 
 _aten = torch.ops.aten
 _KEEPS_VALUE = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh_copy.default}
@@ -20,7 +21,6 @@ _NEUTRAL = {_aten.mul.Tensor: 1, _aten.mul.Scalar: 1, _aten.div.Tensor: 1, _aten
 _NEUTRAL |= {_aten.pow.Tensor_Scalar: 1}
 _OF_THE_FORM_ALONE = {_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default}
 _OF_THE_FORM_ALONE |= {_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default}
-_BOUND = (torch, torch._C._linalg, torch._C._special)  # type: ignore[attr-defined]  # where Python's own bindings are
 
 
 def lowered(function: Callable[..., Any], example: Sequence[Tensor]) -> Callable[..., Any]:
@@ -209,85 +209,3 @@ def _key(tree: Any) -> Any:
     if isinstance(tree, dict):
         return tuple((name, _key(value)) for name, value in sorted(tree.items()))
     return tree if isinstance(tree, fx.Node) else (type(tree), tree)
-
-
-# -- replaying ------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def replayed(module: fx.GraphModule) -> Callable[..., Any]:
-    """A flattened function, operation by operation; the module is used up."""
-    _bind(module)
-    constants = _as_arguments(module)
-    module.graph.lint()
-    return _replayed(module, constants)
-
-
-def _bind(module: fx.GraphModule) -> None:
-    """Operations through Python's own bindings, half the cost of a call through the registry, where these do the same."""
-    for node in list(module.graph.nodes):
-        if node.target is _aten.slice.Tensor and len(node.args) == 4:
-            source, dim, start, stop = node.args
-            size = node.meta["example"].shape[dim]
-            if isinstance(start, int) and start >= 0:
-                node.target, node.args = torch.narrow, (source, dim, start, size)
-        elif node.target is _aten._to_copy.default and set(node.kwargs) <= {"dtype", "layout", "device"}:
-            value, source = node.meta["example"], node.args[0].meta["example"]
-            if value.device == source.device and value.layout == source.layout and value.dtype != source.dtype:
-                with module.graph.inserting_before(node):
-                    cast = module.graph.call_method("to", (node.args[0], value.dtype))
-                cast.meta = dict(node.meta)
-                node.replace_all_uses_with(cast)
-                module.graph.erase_node(node)
-        elif isinstance(node.target, torch._ops.OpOverload):
-            node.target = _bound(node.target, node) or node.target
-
-
-def _bound(operation: Any, node: fx.Node) -> Callable | None:
-    args: Any
-    kwargs: Any
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["example"])
-    for namespace in _BOUND:
-        function: Any = getattr(namespace, operation._schema.name.removeprefix("aten::"), None)
-        if isinstance(function, type(torch.mul)):
-            try:
-                found = function(*args, **kwargs)
-            except (TypeError, RuntimeError):
-                continue
-            if _same(found, operation(*args, **kwargs)):
-                return function
-    return None
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(b, (tuple, list)):
-        return isinstance(a, (tuple, list)) and len(a) == len(b) and all(map(_same, a, b))
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and a == b
-    return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()) and torch.equal(a, b)
-
-
-def _as_arguments(module: fx.GraphModule) -> list[Any]:
-    """Constants become the first arguments, which are read faster than attributes; returns them."""
-    constants: dict[Any, fx.Node] = {}
-    first = next(iter(module.graph.nodes))
-    for node in list(module.graph.nodes):
-        if node.op == "get_attr":
-            if node.target not in constants:
-                with module.graph.inserting_before(first):
-                    constants[node.target] = module.graph.placeholder(f"constant_{len(constants)}")
-            node.replace_all_uses_with(constants[node.target])
-            module.graph.erase_node(node)
-    return [operator.attrgetter(name)(module) for name in constants]
-
-
-def _replayed(module: fx.GraphModule, constants: list[Any]) -> Callable[..., Any]:
-    module.recompile()
-    run = functools.partial(type(module).forward, None, *constants)
-
-    def replay(*arguments: Tensor) -> Any:
-        with torch.inference_mode():  # half the bookkeeping of an operation is for derivatives
-            found = run(*arguments)
-        return tuple(item.clone() for item in found)
-
-    return replay

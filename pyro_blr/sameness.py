@@ -110,11 +110,13 @@ def same_run(one: poutine.Trace, other: poutine.Trace, asked: bool = False) -> b
         mate = other.nodes[name]
         if node["type"] != mate["type"]:
             return False
-        if node["type"] in ("sample", "param"):
-            keys = ("fn", "value", "scale", "mask", "cond_indep_stack") if node["type"] == "sample" else ("value",)
-            if not all(_same(node[key], mate[key], asked) for key in keys):
+        for key in _COMPARED.get(node["type"], ()):
+            if node[key] is not mate[key] and not _same(node[key], mate[key], asked):
                 return False
     return True
+
+
+_COMPARED = {"sample": ("value", "scale", "mask", "cond_indep_stack", "fn"), "param": ("value",)}
 
 
 def _same(a: Any, b: Any, asked: bool = False) -> bool:
@@ -125,7 +127,7 @@ def _same(a: Any, b: Any, asked: bool = False) -> bool:
     if isinstance(a, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(_equal_values(a, b))
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y, asked) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(x is y or _same(x, y, asked) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key], asked) for key in a)
     if isinstance(a, (torch.distributions.Distribution, torch.distributions.Transform)):
@@ -140,15 +142,22 @@ def _same(a: Any, b: Any, asked: bool = False) -> bool:
 
 
 def _contents(item: Any) -> dict:
-    return {key: value for key, value in vars(item).items() if not key.startswith("_cached") and key != "_inv"}
+    return {key: value for key, value in vars(item).items() if not _is_kept_aside(key)}
+
+
+def _is_kept_aside(key: str) -> bool:
+    return key.startswith("_cached") or key == "_inv"
 
 
 def _same_origin(first: Any, second: Any) -> bool:
     """Whether two objects of a class were made of the same, whatever the first was asked for since."""
-    a, b = _contents(first), _contents(second)
-    more = [key for key in a if key not in b]
-    lazy = all(isinstance(getattr(type(first), key, None), lazy_property) for key in more)
-    return lazy and b.keys() <= a.keys() and all(_same(a[key], b[key], asked=True) for key in b)
+    a, b = vars(first), vars(second)
+    for key, value in b.items():
+        if not (key in a and a[key] is value) and not _is_kept_aside(key):
+            if key not in a or not _same(a[key], value, asked=True):
+                return False
+    more = [key for key in a if key not in b and not _is_kept_aside(key)]
+    return all(isinstance(getattr(type(first), key, None), lazy_property) for key in more)
 
 
 def _equal_values(a: Tensor, b: Tensor) -> bool:

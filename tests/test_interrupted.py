@@ -27,6 +27,7 @@ from torch.distributions import constraints
 
 from pyro_blr import BLRInference, Posterior, runs
 from pyro_blr.checks import ImproperPosteriorError
+from pyro_blr.interrupts import patient, uninterrupted
 from pyro_blr.messages import Messages
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -372,6 +373,32 @@ def test_a_second_interrupt_does_not_wait() -> None:
         watched.events.clear()
         case.go(engine)
         assert_same(wanted.end, ended(engine))
+
+
+@pytest.mark.parametrize("presses", [0, 1, 2, 3])
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_the_second_interrupt_waits_where_nothing_may_interrupt(presses: int, earlier: int) -> None:
+    """One Ctrl-C waits to the end of what is patient, the second to the end of what may not be interrupted."""
+    reached: list[str] = []
+
+    def go() -> None:
+        with patient():
+            for _ in range(earlier):
+                signal.raise_signal(signal.SIGINT)
+            with uninterrupted():
+                with uninterrupted(), patient() as check:
+                    for _ in range(presses):
+                        signal.raise_signal(signal.SIGINT)
+                    check()
+                    reached.append("inside")
+                reached.append("still inside")
+            reached.append("after it")
+
+    with pytest.raises(KeyboardInterrupt) if earlier + presses else contextlib.nullcontext():
+        go()
+    at_once = presses > 0 and earlier + presses > 1
+    assert reached == ["inside", "still inside", *(["after it"] if not at_once else [])]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_interrupt_by_the_clock() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 
 import pyro
@@ -12,7 +14,8 @@ from models import oracle_case
 from torch import Tensor
 
 from pyro_blr import BLRInference
-from pyro_blr.lowering import lowered
+from pyro_blr.lowering import flattened, lowered
+from pyro_blr.unrolling import unrolled
 
 WEIGHTS = torch.arange(1.0, 10.0, dtype=torch.float64)
 
@@ -62,7 +65,39 @@ def forms(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-@pytest.mark.parametrize("function", [gradient, pieces, forms])
+def numbers(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """A few numbers, in and out of vectors: arithmetic, comparisons, what goes where, sums, zeros that are filled in."""
+    a, b, pair = x[0], y[1] - 0.5, x[2:4]
+    table = torch.stack([pair * b, torch.cat([a.unsqueeze(0), (b - pair).sum(0, keepdim=True)])])
+    inside = (a > 0) & (b < 2).logical_and(pair.eq(pair).all()) & (table >= -100).all(-1).any()
+    (slope,) = torch.ops.aten.select_backward.default(a * 3, [3], 0, 1).unsqueeze(0)
+    return (
+        ((1 - a) / (a + 2)).neg().abs() ** 2 + a.reciprocal() * a.sqrt() * a.rsqrt() - a**-0.5,
+        a.log() + (a + 1).lgamma() + a.log1p() + b.exp() + a.digamma() * 2,
+        torch.where(inside, table.T @ torch.ones(2, dtype=x.dtype), 0.5),
+        table.diagonal() + table.transpose(0, 1)[1, :1],
+        slope + table.sum(0).sum() + x[:3] * a,
+        b + x,
+        inside,
+        torch.stack([a, b]).expand(3, 2).contiguous(),
+    )
+
+
+def ends_of_numbers(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Where torch gives an infinity or a NaN and Python's numbers raise."""
+    a, b = (x[0] * 0).clone(), y[0] - 2
+    one = (a + 1) / a
+    return (
+        one,
+        (1 / one + b).log(),
+        b.sqrt() + 1,
+        a.reciprocal() * 2 - one,
+        (b * -1e4).exp() * 3,
+        torch.stack([a.log(), b]),
+    )
+
+
+@pytest.mark.parametrize("function", [gradient, pieces, forms, numbers, ends_of_numbers])
 def test_replay_is_the_function(function: Callable) -> None:
     generator = torch.Generator().manual_seed(0)
     example, *others = (torch.rand(2, 9, generator=generator, dtype=torch.float64) for _ in range(4))
@@ -71,6 +106,47 @@ def test_replay_is_the_function(function: Callable) -> None:
         for found, expected in zip(flat(*arguments), function(*arguments), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-14, atol=0, equal_nan=True)
             assert not found.is_inference()
+
+
+def test_numbers_need_no_tensors() -> None:
+    """What is left to torch of arithmetic on two numbers: what makes the tensor at the end."""
+
+    def gamma(natural: Tensor) -> tuple[Tensor]:
+        shape, rate = natural[0] + 1, -natural[1]
+        return (torch.stack([shape + 4, -(rate + shape / rate * 2 + shape.log())]),)
+
+    flat = lowered(gamma, [torch.tensor([1.0, -3.0], dtype=torch.float64)])
+    for example in ([2.0, -0.5], [7.0, -4.0]):
+        natural = torch.tensor(example, dtype=torch.float64)
+        torch.testing.assert_close(flat(natural), gamma(natural), rtol=1e-15, atol=0)
+    module = flattened(gamma, [natural])
+    numbers = unrolled(module)
+    assert numbers is not None
+    called = [node.target for node in numbers.graph.nodes if node.op == "call_function"]
+    assert [target for target in called if target not in PYTHON] == [torch.tensor]
+
+
+PYTHON = {operator.add, operator.neg, operator.mul, operator.truediv, operator.getitem, math.log}
+
+
+def test_numbers_of_single_precision() -> None:
+    """They are numbers of double precision between the tensors, so no less exact; what comes out is what it was."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        third = x[0] / 3 + x[1]
+        return third, (third.double() - 1) * 2, torch.stack([third * 2, x[1]])
+
+    flat = lowered(function, [torch.tensor([1.0, 2.0])])
+    found = flat(torch.tensor([5.0, 0.25]))
+    expected = [torch.tensor(5 / 3 + 0.25), torch.tensor((5 / 3 - 0.75) * 2, dtype=torch.float64)]
+    expected += [torch.tensor([10 / 3 + 0.5, 0.25])]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=0)
+
+
+def test_one_number_alone_stays_a_tensor() -> None:
+    """In and out costs more than one operation."""
+    assert unrolled(flattened(lambda x: (x.cumsum(0)[0] * 2,), [torch.ones(3, 3)])) is None
 
 
 def test_a_result_is_its_own() -> None:
