@@ -44,10 +44,12 @@ class _Guard:
         if self.mine is not None:
             signal.signal(signal.SIGINT, self.mine)
             return self.mine.check
-        if self.outer is not None and not self.impatient:
-            self.outer.held += 1
-            self.count = self.outer.count
-        return self.outer.check if self.outer is not None and self.outer.impatient else _nothing
+        if self.outer is None:
+            return _nothing
+        if self.impatient:
+            return self.outer.check if self.outer.impatient and not self.outer.held else _nothing
+        self.outer.held, self.count = self.outer.held + 1, self.outer.count
+        return _nothing
 
     def __exit__(self, *_: Any) -> None:
         if self.mine is not None:

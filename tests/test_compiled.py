@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_blr import BLRInference
 from pyro_blr.ascent import Ascent
-from pyro_blr.lowering import replayed
+from pyro_blr.bindings import replayed
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)
