@@ -40,7 +40,8 @@ class Ascent:
         if not self.program.is_exact:
             error = self.program.messages.quadrature_error
             return "bound by quadrature" + (f", within {_power_of_ten(error)} nats" if error is not None else "")
-        return "exact evidence" if self.program.messages.are_separate else "exact bound"
+        is_evidence = self.program.messages.are_separate and not self.program.is_confined
+        return "exact evidence" if is_evidence else "exact bound"
 
     @property
     def order(self) -> list[str]:
@@ -146,7 +147,7 @@ class Ascent:
         """
         for name in self.order:
             block, natural = self.program.blocks[name], self.beliefs.naturals[name]
-            if self.program.messages.is_exact(name) or block.batch_shape.numel() > 10_000:
+            if self.program.messages.is_exact(name) or block.within or block.batch_shape.numel() > 10_000:
                 continue
             inside = torch.zeros(block.batch_shape, dtype=torch.bool, device=natural.device)
             for attempt in (0, 1):

@@ -25,8 +25,10 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 from pyro_blr.coefficients import read_conditionals
+from pyro_blr.curved import survey_curved
 from pyro_blr.parameters import Slot, module_slot
-from pyro_blr.readings import JointGaussian, MeanField, Part, ReadGuide, States, UnreadableGuide
+from pyro_blr.parts import Part, UnreadableGuide
+from pyro_blr.readings import JointGaussian, MeanField, ReadGuide, States
 from pyro_blr.running import isolated_random_state
 from pyro_blr.statements import Statements, survey_statements
 
@@ -62,18 +64,21 @@ def parts_of(guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[Part]:
 
 
 def _by_statement(
-    guide: Any, args: tuple, kwargs: Mapping[str, Any], joint: bool = True
+    guide: Any, args: tuple, kwargs: Mapping[str, Any], joint: bool = True, curved: bool = True
 ) -> tuple[list[Part], dict[str, str]]:
     """The parts of a guide that is a program, and for each of its other sites why it is none."""
     with isolated_random_state(0), poutine.block():
         statements, reasons = survey_statements(guide, args, kwargs)
+        curves = survey_curved(guide, args, kwargs, reasons) if curved and reasons else []
+        for curve in curves:
+            del reasons[curve.statement.site]
         groups = []
         if joint and reasons:
             with contextlib.suppress(Exception):  # the guide's own, at values that it does not expect of its latents
                 groups = read_conditionals(guide, args, kwargs)
     taken = {name for part in groups for name in part.sites}
     alone = [Statements([statement]) for statement in statements if statement.site not in taken]
-    return [*alone, *groups], {name: reason for name, reason in reasons.items() if name not in taken}
+    return [*alone, *curves, *groups], {name: reason for name, reason in reasons.items() if name not in taken}
 
 
 class Survey(NamedTuple):
@@ -84,20 +89,20 @@ class Survey(NamedTuple):
     auxiliary: frozenset[str]  # statements that are the parts' own, and no site of the model
 
 
-def survey(guide: Any, args: tuple, kwargs: Mapping[str, Any], joint: bool = True) -> Survey:
+def survey(guide: Any, args: tuple, kwargs: Mapping[str, Any], joint: bool = True, curved: bool = True) -> Survey:
     """The parts of a guide that denote families, and for each of its other sites why it does not.
 
-    `joint` says whether sites that are linear in each other may be one Gaussian.
+    `joint` says whether sites that are linear in each other may be one Gaussian, `curved` whether sites need not fill their family.
     """
     if type(guide) is AutoGuideList:
-        found = [survey(member, args, kwargs, joint) for member in guide]
+        found = [survey(member, args, kwargs, joint, curved) for member in guide]
         reasons = {name: reason for each in found for name, reason in each.reasons.items()}
         return Survey(
             [p for each in found for p in each.parts], reasons, frozenset().union(*(f.auxiliary for f in found))
         )
     program: Any = guide
     if not isinstance(guide, (*_READERS, *_NO_FAMILY)):
-        return Survey(*_by_statement(guide, args, kwargs, joint), frozenset())
+        return Survey(*_by_statement(guide, args, kwargs, joint, curved), frozenset())
     try:
         parts = parts_of(guide, args, kwargs)
     except UnreadableGuide as error:

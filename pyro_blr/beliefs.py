@@ -32,7 +32,9 @@ class Beliefs:
         self.moments = _Moments(self, narrow=True)
 
     def update(self, name: str, natural: Tensor) -> None:
-        """Replaces one block's λ."""
+        """Replaces one block's λ; where q cannot be everything in its family, by the nearest that it can be."""
+        within = self.blocks[name].within
+        natural = natural if within is None else within(natural.detach(), self.naturals[name])
         self.naturals[name] = natural.detach()  # the model's parameters, which have a gradient, may be in it
         self.points.pop(name, None)
         self.wide.forget(name)

@@ -103,6 +103,11 @@ class Block:
         return None if copies is None else copies.reshape(copies.shape + (1,) * self.elements).expand(self.batch_shape)
 
     @property
+    def within(self) -> Any:
+        """(λ̂, λ) ↦ the nearest λ that a guide's own parameters give, where they need not fill the family; else None."""
+        return None if self.is_joint else options_of(self.members[0].site).get("within")
+
+    @property
     def num_directions(self) -> int:
         """Length of one element's own variable."""
         family = self.family.base if isinstance(self.family, TransformedNormal) else self.family
@@ -154,7 +159,6 @@ class Block:
 
     def scatter(self, natural: Tensor, selected: Tensor, subsamples: Mapping[str, Tensor]) -> Tensor:
         """The full λ with the elements of this run replaced; the inverse of `select`."""
-        index: list[Any] = [slice(None)] * natural.dim()
         subsampled = [p for p in self.plates if p.name in subsamples and p.subsample_size != p.size]
         if not subsampled:
             return selected
@@ -167,9 +171,8 @@ class Block:
             ),
             indexing="ij",
         )
-        index = list(grids)
         natural = natural.clone()
-        natural[tuple(index)] = selected
+        natural[tuple(grids)] = selected
         return natural
 
     def _plate_of_dims(self) -> list[Plate | None]:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from pyro_blr.conditionals import Coefficient, Conditional, Conditionals
 from pyro_blr.families import MultivariateNormal, Normal
+from pyro_blr.laws import Law, is_latent, is_weighted, law_of
 from pyro_blr.links import Argument, find_argument
 from pyro_blr.parameters import Slot, nudged, remembered, statement_slot
-from pyro_blr.readings import UnreadableGuide
+from pyro_blr.parts import UnreadableGuide
 from pyro_blr.running import isolated_random_state
-from pyro_blr.statements import Law, found_arguments, is_latent, is_weighted, law_of, pyro_class
+from pyro_blr.statements import found_arguments
 
 __all__ = ["read_conditionals"]
 
@@ -126,7 +127,7 @@ def _conditionals(
             continue
         whole = Conditional(
             name,
-            pyro_class(seen[0].laws[name]),
+            seen[0].laws[name].distribution_class,
             next(a for a in arguments if a.name == "loc"),
             tuple(a for a in arguments if a.name != "loc"),
             tuple(coefficients),

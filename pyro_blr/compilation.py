@@ -148,6 +148,8 @@ def _obstacle(program: Program, call: Call) -> str:
         return f"whether an argument of type {call.unknown} has changed cannot be told; pass tensors and numbers"
     if program.graph.params:
         return f"the model has parameters ({', '.join(sorted(program.graph.params))}), which move"
+    if program.is_confined:
+        return "the guide does not fill its families, and each looks for the nearest member that it has"
     if program.is_subsampled:
         return "each sees other rows of a subsampled plate"
     return ""

@@ -14,8 +14,9 @@ from pyro_blr.blocks import Block
 from pyro_blr.families import MultivariateNormal, Normal
 from pyro_blr.links import Argument
 from pyro_blr.marginals import gaussian_moments
+from pyro_blr.messages import Messages
 from pyro_blr.parameters import Slot
-from pyro_blr.readings import Part, UnreadableGuide
+from pyro_blr.parts import Part, UnreadableGuide
 
 __all__ = ["Coefficient", "Conditional", "Conditionals"]
 
@@ -119,7 +120,9 @@ class Conditionals(Part):
             for coefficient in conditional.coefficients:
                 coefficient.assign(weights[mine, rows[coefficient.parent]])
 
-    def obstacle(self, blocks: Mapping[str, Block], targets: Callable[[], Mapping[str, Tensor]]) -> str:
+    def obstacle(
+        self, blocks: Mapping[str, Block], messages: Messages, targets: Callable[[], Mapping[str, Tensor]]
+    ) -> str:
         block = blocks["+".join(self.sites)]
         parents = self._parents(block)
         if bool((parents | ~torch.ones_like(parents).tril(-1)).all()):

@@ -226,7 +226,7 @@ class BLRInference:
         self._q.refresh()
         args, kwargs = self._call
         outcome = {"history": self._history, "num_steps": self._num_steps, **self._outcome}
-        if self._seen is not None:
+        if self._seen is not None and not self._seen.is_confined:
             outcome["response"] = partial(linear_response, self._seen, self._q.naturals)
             outcome["search"] = cache(partial(other_optima, self._seen, self._q.naturals))
         return Posterior(self._q.blocks, self._q.naturals, model=self.model, args=args, kwargs=kwargs, **outcome)
@@ -242,7 +242,7 @@ class BLRInference:
                     programs = Programs(q.model, q.factorisation)
                     program = programs.run(args, kwargs)
                     q.setup(program.graph)
-                    q.check(partial(first_targets, program, q.naturals))
+                    q.check(program.messages, partial(first_targets, program, q.naturals))
                 self._q, self._programs, self._ordinary = q, programs, None
             except Exception as error:  # what cannot be read runs as under SVI, which says what else is wrong
                 reason = reason_of(error)

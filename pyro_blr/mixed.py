@@ -21,9 +21,10 @@ from pyro_blr.explain import Explanation
 from pyro_blr.gradients import OrdinaryGradients, check_guide, unconstrained
 from pyro_blr.interrupts import undone_by, uninterrupted
 from pyro_blr.parameters import remembered
+from pyro_blr.parts import Part, UnreadableGuide
 from pyro_blr.points import ordinary_fit
 from pyro_blr.program import Program, Programs
-from pyro_blr.readings import Part, ReadGuide, UnreadableGuide
+from pyro_blr.readings import ReadGuide
 from pyro_blr.remainder import HeldModel, Substituted, rest_of
 from pyro_blr.rules import RobbinsMonro
 from pyro_blr.running import isolated_random_state, unwrap
@@ -41,10 +42,11 @@ def guide_fit(
     model: Any, guide: Any, optim: Any, loss: Any, reason: str, args: tuple, kwargs: Mapping[str, Any]
 ) -> OrdinaryGradients:
     """What fits a guide that is not families throughout: by site where some are, else all of it in one way."""
-    for joint in (True, False):  # sites that are linear in each other are one Gaussian where that has parameters
+    # sites that are linear in each other are one Gaussian, and others need not fill their family, where that can be
+    for options in ({}, {"curved": False}, {"joint": False}, {"joint": False, "curved": False}):
         try:
             with isolated_random_state():
-                return MixedFit(model, guide, optim, loss, reason, args, kwargs, joint=joint)
+                return MixedFit(model, guide, optim, loss, reason, args, kwargs, **options)
         except Exception:  # no site is read, or the guide fails: its first step says what is wrong with it
             continue
     return ordinary_fit(model, guide, optim, loss, reason, args, kwargs)
@@ -84,8 +86,8 @@ class _Divider:
                 program(*self.args, **self.kwargs)
         return tracer.trace
 
-    def divide(self, joint: bool) -> Division:
-        parts, reasons, self.auxiliary = survey(self.guide, self.args, self.kwargs, joint)
+    def divide(self, **options: bool) -> Division:
+        parts, reasons, self.auxiliary = survey(self.guide, self.args, self.kwargs, **options)
         taken = {name for name, node in self.of_model.nodes.items() if node["type"] == "param"}
         kept: list[Part] = []
         following: list[Part] = []
@@ -182,11 +184,11 @@ class MixedFit(OrdinaryGradients):
         reason: str,
         args: tuple,
         kwargs: Mapping[str, Any],
-        joint: bool = True,
+        **options: bool,
     ):
         super().__init__(model, guide, optim, loss, reason)
         check_guide(model, guide, args, kwargs)
-        self.division = _Divider(model, guide, args, kwargs).divide(joint)
+        self.division = _Divider(model, guide, args, kwargs).divide(**options)
         self._held = HeldModel(model, guide, self.division.read, self.division.auxiliary, self.division.follows)
         title = getattr(guide, "__name__", type(guide).__name__)
         self._q = ReadGuide(self._held, self.division.parts, title)
@@ -194,7 +196,7 @@ class MixedFit(OrdinaryGradients):
         self._count = 0
         self._seen: Program | None = None
         program = self._program(args, kwargs)
-        self._q.check(partial(first_targets, program, self._q.naturals))
+        self._q.check(program.messages, partial(first_targets, program, self._q.naturals))
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         generators = pyro.util.get_rng_state()

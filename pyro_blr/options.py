@@ -12,7 +12,7 @@ from pyro_blr.graph import Site
 
 __all__ = ["copies_of", "options_of"]
 
-_KNOWN = ("family", "block", "copies")
+_KNOWN = ("family", "block", "copies", "within")
 
 
 def options_of(site: Site) -> Mapping[str, Any]:

@@ -87,6 +87,11 @@ class Program:
     def is_subsampled(self) -> bool:
         return self.graph.is_subsampled
 
+    @property
+    def is_confined(self) -> bool:
+        """Whether some block's q cannot be everything in its family."""
+        return any(block.within is not None for block in self.blocks.values())
+
     def notes(self) -> list[str]:
         """What a user should know about the run besides verdicts."""
         found = [
@@ -242,7 +247,9 @@ def _suits_flattening(messages: Messages) -> bool:
     """Small, exact, continuous, unmasked: nothing in a sweep branches on data."""
     return (
         all(plan.exact for plan in messages.plans.values())
-        and not any(block.is_discrete or messages.is_coupled(name) for name, block in messages.blocks.items())
+        and not any(
+            block.is_discrete or block.within or messages.is_coupled(name) for name, block in messages.blocks.items()
+        )
         and not any(messages.masked(name) is not None for name in messages.blocks)
         and not any(value.requires_grad for value in messages.graph.params.values())
         and not messages.graph.is_subsampled

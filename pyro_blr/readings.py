@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,69 +9,19 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_blr.blocks import Block
-from pyro_blr.families import Bernoulli, Categorical, LogNormal, Normal, TransformedNormal, pushforward_family
+from pyro_blr.families import Bernoulli, Categorical, LogNormal, TransformedNormal
 from pyro_blr.graph import FactorGraph
 from pyro_blr.groupings import Grouping
 from pyro_blr.guides import AutoExponentialFamily
 from pyro_blr.initial import diagonal_natural
 from pyro_blr.marginals import gaussian_moments
+from pyro_blr.messages import Messages
 from pyro_blr.parameters import Slot, remembered
+from pyro_blr.parts import Part, UnreadableGuide, independent_gaussian
 
-__all__ = ["JointGaussian", "MeanField", "Part", "ReadGuide", "States", "UnreadableGuide"]
-
-
-class UnreadableGuide(ValueError):
-    """Why a guide denotes no product of exponential families with parameters of its own."""
-
-
-class Part(ABC):
-    """What some sites' q is in a guide: its families, and the way between λ and the guide's parameters."""
-
-    sites: tuple[str, ...]
-
-    @property
-    @abstractmethod
-    def slots(self) -> list[Slot]:
-        """The parameters that hold λ."""
-
-    @abstractmethod
-    def options(self, name: str) -> dict[str, Any]:
-        """`infer={"blr": ...}` of a site."""
-
-    @abstractmethod
-    def read(self, blocks: Mapping[str, Block]) -> dict[str, Tensor]:
-        """Block -> λ (*full_shape, p) in float64."""
-
-    @abstractmethod
-    def write(self, blocks: Mapping[str, Block], naturals: Mapping[str, Tensor]) -> None:
-        """Sets the parameters to what λ says."""
-
-    @property
-    def groups(self) -> list[tuple[str, ...]]:
-        """Sites that q holds to be jointly Gaussian, with all elements of their plates."""
-        return []
-
-    def obstacle(self, blocks: Mapping[str, Block], targets: Callable[[], Mapping[str, Tensor]]) -> str:
-        """Why the guide has no parameters for where the rule moves λ; empty where it has. `targets` are of exact blocks alone."""
-        return ""
-
-
-def independent_gaussian(support: Any, event_shape: torch.Size) -> Any:
-    """The family of independent Normals in the unconstrained space of a support."""
-    inner = support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
-    if inner in (constraints.real, constraints.real_vector):
-        return Normal()
-    if inner in (constraints.positive, constraints.nonnegative):
-        return LogNormal()
-    family = pushforward_family(support, event_shape, diagonal=True)
-    if family is None:
-        raise UnreadableGuide(f"no Gaussian family is known on the support {support}")
-    return family
+__all__ = ["JointGaussian", "MeanField", "ReadGuide", "States"]
 
 
 class MeanField(Part):
@@ -258,9 +207,9 @@ class ReadGuide(AutoExponentialFamily):
             self._writes = True
         self._held = held if held and not self._moved() else self._read()
 
-    def check(self, targets: Callable[[], Mapping[str, Tensor]]) -> None:
+    def check(self, messages: Messages, targets: Callable[[], Mapping[str, Tensor]]) -> None:
         """Raises UnreadableGuide where the guide cannot follow the rule."""
-        for obstacle in filter(None, (part.obstacle(self.blocks, targets) for part in self._parts)):
+        for obstacle in filter(None, (part.obstacle(self.blocks, messages, targets) for part in self._parts)):
             raise UnreadableGuide(obstacle)
 
     def _read(self) -> dict[str, Tensor]:
@@ -275,7 +224,7 @@ class ReadGuide(AutoExponentialFamily):
 
     def notes(self) -> list[str]:
         text = f"the guide, {self.title}, is read as these families: natural gradients; its parameters hold the result"
-        return [text]
+        return [text, *filter(None, (part.note for part in self._parts))]
 
     def refresh(self) -> bool:
         """Reads λ again if somebody else moved the parameters (a loaded store, a training loop between steps)."""

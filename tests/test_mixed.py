@@ -54,7 +54,7 @@ def point_and_gamma() -> None:
 
 
 def normal_of_fixed_width_and_gamma() -> None:
-    pyro.sample("a", dist.Normal(param("m", 0.5), 0.3))
+    pyro.sample("a", dist.Normal(param("m", 0.5), 0.3).mask(torch.tensor(True)))  # so that it is not read
     gamma_of_tau()
 
 
@@ -92,7 +92,7 @@ def test_beside_a_random_site_it_is_averaged_over_draws() -> None:
 
 @pytest.mark.parametrize("how", ["detached", "frozen"])
 def test_a_parameter_that_takes_no_gradient_is_held(how: str) -> None:
-    """Under SVI it would stay where it is; so it does here, and its site goes by the ordinary gradient of the others."""
+    """Under SVI it would stay where it is; so it does here: q is the best Gamma of shape 3, whose rate is 3 / 2 · 1."""
 
     def model() -> None:
         pyro.sample("a", dist.Gamma(2.0, 1.0))
@@ -109,9 +109,9 @@ def test_a_parameter_that_takes_no_gradient_is_held(how: str) -> None:
     engine = BLRInference(model, guide, SGD({"lr": 0.1}), Trace_ELBO())
     engine.step()
     assert pyro.param("shape").item() == pytest.approx(3.0, rel=1e-12)
-    assert pyro.param("rate").item() != 4.0
+    assert pyro.param("rate").item() == pytest.approx(1.5, rel=1e-6)
     assert pyro.param("m").item() == pytest.approx(1.0, rel=1e-9)
-    assert set(said(engine)["ordinary"]) == {"a"}
+    assert not said(engine)["ordinary"]
 
 
 def test_vectorised_particles_are_not_taken_one_by_one() -> None:

@@ -496,11 +496,6 @@ def shared() -> None:
     pyro.sample("b", dist.Normal(pyro.param("n", torch.zeros(())), scale))
 
 
-def fixed() -> None:
-    pyro.sample("a", dist.Normal(pyro.param("m", torch.zeros(())), 1.0))
-    pyro.sample("b", dist.Normal(pyro.param("n", torch.zeros(())), 1.0))
-
-
 def heavy() -> None:
     pyro.sample("a", dist.StudentT(3.0, pyro.param("m", torch.zeros(())), 1.0))
     pyro.sample("b", dist.Normal(pyro.param("n", torch.zeros(())), 1.0))
@@ -521,9 +516,8 @@ def tied() -> None:
     [
         (lambda model: conditional, "loc of its distribution at b is no parameter of its own"),
         (lambda model: shared, "b and a share the parameter 's'"),
-        (lambda model: fixed, "scale of its distribution at a is no parameter of its own"),
         (lambda model: heavy, "its StudentT at a is no exponential family"),
-        (lambda model: tied, "elements of w share the parameter 'm'"),
+        (lambda model: tied, "elements of w meet in a factor, and share parameters in the guide"),
         (AutoLowRankMultivariateNormal, "low rank plus diagonal"),
         (lambda model: AutoIAFNormal(model, hidden_dim=[8]), "normalising flow"),
         (AutoGaussian, "its precision is sparse"),
