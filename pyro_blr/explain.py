@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pyro_blr.blocks import Block
 from pyro_blr.plans import Verdict
+from pyro_blr.series import FEWEST, alike, counted, shift, shortened, span, told_once
 
 __all__ = ["Explanation"]
 
@@ -27,14 +29,22 @@ class _Row(NamedTuple):
     why: str
 
 
+class _Entry(NamedTuple):
+    """What is said of a site: its rows, each with a rewrite, and the sites that share its Gaussian."""
+
+    name: str
+    block: tuple[str, ...]
+    lines: list[tuple[_Row, str]]
+
+
 @dataclass(frozen=True)
 class Explanation:
     """How every message of a model is computed, and why not exactly where it is not.
 
     One row for a site whose factors all stand alike; otherwise one for the site and one below it for each
-    factor.  `optimised` names the parameters that `optim` learns; `ordinary` says, for each guide site
-    without a natural gradient, why; `notes` are sentences about the model as a whole.  Iterating gives the
-    verdicts.
+    factor.  Statements of a loop of which the same is said share their rows; `to_dict` has each by itself.
+    `optimised` names the parameters that `optim` learns; `ordinary` says, for each guide site without a
+    natural gradient, why; `notes` are sentences about the model as a whole.  Iterating gives the verdicts.
     """
 
     verdicts: Sequence[Verdict]
@@ -84,7 +94,7 @@ class Explanation:
         for name, block in self._sites().items():
             verdicts = self[name]
             sites[name] = {
-                "family": _family(block, name),
+                "family": _family(block) + _with([site for site in block.site_names if site != name]),
                 "block": block.name,
                 "batch_shape": list(block.full_shape),
                 "exact": all(verdict.exact for verdict in verdicts),
@@ -143,17 +153,30 @@ class Explanation:
             yield row._replace(why="\n".join([*([row.why] if row.why else []), *arrow]))
 
     def _cells(self) -> Iterator[tuple[_Row, str]]:
+        for group in _grouped(list(self._entries())):
+            first, last = group[0], group[-1]
+            joint = _joint(first, last)
+            for (row, remedy), (end, _) in zip(first.lines, last.lines, strict=True):
+                margin = "  " if row.site.startswith(" ") else ""
+                family = row.family + (joint if row.family else "")
+                yield row._replace(site=margin + span(row.site.strip(), end.site.strip()), family=family), remedy
+
+    def _entries(self) -> Iterator[_Entry]:
         for name, block in self._sites().items():
-            verdicts, family = self[name], _family(block, name)
+            verdicts, family = self[name], _family(block)
+            together = tuple(block.site_names) if len(block.site_names) > 1 else ()
             if len({_said(verdict) for verdict in verdicts}) == 1:
                 one = verdicts[0]
-                yield _Row(name, family, _yes_or_no(verdicts), one.how, one.reason), one.remedy
+                yield _Entry(
+                    name, together, [(_Row(name, family, _yes_or_no(verdicts), one.how, one.reason), one.remedy)]
+                )
                 continue
-            yield _Row(name, family, _yes_or_no(verdicts), "by factor:" if verdicts else "", ""), ""
+            lines = [(_Row(name, family, _yes_or_no(verdicts), "by factor:" if verdicts else "", ""), "")]
             for one in verdicts:
-                yield _Row(f"  {one.factor}", "", _yes_or_no([one]), one.how, one.reason), one.remedy
+                lines += [(_Row(f"  {one.factor}", "", _yes_or_no([one]), one.how, one.reason), one.remedy)]
+            yield _Entry(name, together, lines)
         for name, reason in self.ordinary.items():
-            yield _Row(name, "", "no", "ordinary gradient", reason), ""
+            yield _Entry(name, (), [(_Row(name, "", "no", "ordinary gradient", reason), "")])
 
     def _table(self) -> list[str]:
         rows = list(self._rows())
@@ -169,18 +192,56 @@ class Explanation:
         yield "Bound", [self.bound_kind]
         if self.optimised:
             yield "Learned by optim", self.optimised
-        for note in self.notes:
-            yield "Note", [note]
+        for note in told_once(self.notes):
+            yield "Note", [shortened(note)]
 
 
-def _family(block: Block, site: str) -> str:
-    """`Gamma`, `MultivariateNormal(3)`, `Dirichlet(4) × 8` over a plate, `... with b` when joint."""
+def _family(block: Block) -> str:
+    """`Gamma`, `MultivariateNormal(3)`, `Dirichlet(4) × 8` over a plate."""
     event = " x ".join(str(size) for size in block.family.event_shape)
     text = type(block.family).__name__ + (f"({event})" if event else "")
     text += "".join(f" × {size}" for size in block.full_shape)
-    text += ", in copies" if block.copies is not None else ""
-    others = [name for name in block.site_names if name != site]
-    return text + (f" with {', '.join(others)}" if others else "")
+    return text + (", in copies" if block.copies is not None else "")
+
+
+def _with(others: Sequence[str]) -> str:
+    return f" with {', '.join(others)}" if others else ""
+
+
+def _joint(first: _Entry, last: _Entry) -> str:
+    """Which sites share the Gaussian of a site, or of all the sites of a series, or the Gaussian of each of them."""
+    if first is not last and first.block == last.block:
+        return f" over {counted(first.block)}" if first.block else ""
+    pairs = zip(first.block, last.block, strict=True)
+    others = [span(one, other) for one, other in pairs if one != first.name]
+    return f" with {counted(others)}" if others else ""
+
+
+def _grouped(entries: Sequence[_Entry]) -> list[list[_Entry]]:
+    """Statements of a loop of which the same is said, together; by the first of each group."""
+    groups: list[list[_Entry]] = []
+    latest: dict[str, list[_Entry]] = {}
+    for entry in entries:
+        pattern = re.sub(r"\d+", "#", entry.name)
+        group = latest.get(pattern)
+        if group is None or not _continues(group, entry):
+            group = latest[pattern] = []
+            groups.append(group)
+        group.append(entry)
+    apart = [[group] if len(group) >= FEWEST else [[entry] for entry in group] for group in groups]
+    places = {entry.name: index for index, entry in enumerate(entries)}
+    return sorted((group for some in apart for group in some), key=lambda group: places[group[0].name])
+
+
+def _continues(group: Sequence[_Entry], entry: _Entry) -> bool:
+    first, by = group[0], len(group)
+    if shift(first.name, entry.name) != by or shift(group[-1].name, entry.name) != 1:
+        return False
+    moved = alike(",".join(first.block), ",".join(entry.block), by)
+    if not (moved or first.block == entry.block) or len(first.lines) != len(entry.lines):
+        return False
+    pairs = zip(first.lines, entry.lines, strict=True)
+    return all(alike("\n".join([*a, remedy]), "\n".join([*b, other]), by) for (a, remedy), (b, other) in pairs)
 
 
 def _yes_or_no(verdicts: Sequence[Verdict]) -> str:

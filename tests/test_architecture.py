@@ -106,6 +106,7 @@ LAYERS = [
     "steps",
     # What a method of Posterior or of the engine is made of stands below it, and is told what it needs.
     "diagnostics",
+    "series",
     "explain",
     "plots",
     "export",

@@ -10,12 +10,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_blr import BLRInference
 from pyro_blr.blocks import Block, build_blocks
 from pyro_blr.capture import capture
 from pyro_blr.explain import Explanation
 from pyro_blr.plans import Verdict
 from pyro_blr.remedies import TABLE, remedy_for
 from pyro_blr.running import generic_value, run_model
+from pyro_blr.series import counted, in_series, shortened
 
 PROVED = "exact (proved)"
 REMEDY = remedy_for("Normal", "precision", "HalfCauchy", "")
@@ -196,3 +198,76 @@ def test_every_remedy_can_be_reached() -> None:
         }
         written = {row.write.format(prior=prior) for prior in asked(row.prior)}
         assert answers & written, f"an earlier row hides {row}"
+
+
+# -- loops --------------------------------------------------------------------------------------------------------
+
+
+def walk(steps: int, noise: float) -> None:
+    precision = pyro.sample("precision", dist.Gamma(1.0, 1.0))
+    state = pyro.sample("start", dist.Normal(0.0, 1.0))
+    for t in range(steps):
+        state = pyro.sample(f"state_{t}", dist.Normal(state, precision.rsqrt()))
+        pyro.sample(f"y_{t}", dist.Normal(state, noise), obs=torch.tensor(0.5))
+
+
+def apart(steps: int, odd: int = -1) -> None:
+    for t in range(steps):
+        x = pyro.sample(f"x_{t}", dist.Normal(0.0, 1.0))
+        s = pyro.sample(f"s_{t}", dist.LogNormal(0.0, 1.0))
+        pyro.sample(f"y_{t}", dist.Normal(x, s) if t != odd else dist.Normal(x * 2, 1.0), obs=torch.tensor(0.5))
+
+
+def left_column(explanation: Explanation) -> list[str]:
+    lines = str(explanation).split("-+-")[-1].split("\n\n")[0].splitlines()[1:]
+    return [line.split(" | ")[0].rstrip() for line in lines if line.split(" | ")[0].strip()]
+
+
+def test_statements_of_a_loop_share_rows() -> None:
+    explanation = BLRInference(walk).explain(10, 1.0)
+    assert left_column(explanation) == ["precision", "start", "state_0 … state_9"]
+    text = " ".join(str(explanation).split())
+    assert "MultivariateNormal(11) over" in text and "start, state_0 … state_9" in text
+    each = explanation.to_dict()["sites"]
+    assert len(each) == 12 and each["state_3"]["family"].count("state_") == 9
+    assert "state_0 … state_9" in explanation._repr_html_()
+
+
+def test_series_of_gaussians_say_which_share_one() -> None:
+    explanation = BLRInference(apart).explain(5)
+    assert left_column(explanation) == [
+        *("x_0 … x_4", "  x_0 … x_4", "  y_0 … y_4"),
+        *("s_0 … s_4", "  s_0 … s_4", "  y_0 … y_4"),
+    ]
+    text = " ".join(str(explanation).split())
+    assert "(and 4 alike)" in text and "over x_0, s_0" in text and "over x_1" not in text
+
+
+def test_the_statement_that_differs_has_rows_of_its_own() -> None:
+    """Two left of it and three right of it: only what is three and more is a series."""
+    rows = left_column(BLRInference(apart).explain(6, 2))
+    assert [row for row in rows if row[:1] == "x"] == ["x_0", "x_1", "x_2", "x_3 … x_5"]
+    assert [row for row in rows if row[:1] == "s"] == ["s_0", "s_1", "s_2", "s_3 … s_5"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a_1", "a_2", "a_3"], ["a_1 … a_3"]),
+        (["a_1", "a_2"], ["a_1", "a_2"]),
+        (["a_1", "a_2", "a_4", "a_5"], ["a_1", "a_2", "a_4", "a_5"]),
+        (["x", "a_8", "a_9", "a_10", "b_0"], ["x", "a_8 … a_10", "b_0"]),
+        (["z_0_0", "z_0_1", "z_0_2", "z_1_0"], ["z_0_0 … z_0_2", "z_1_0"]),
+        (["z_0_1", "z_1_1", "z_2_1"], ["z_0_1 … z_2_1"]),
+        (["z_0_0", "z_0_1", "z_2_0"], ["z_0_0", "z_0_1", "z_2_0"]),
+    ],
+)
+def test_series(names: list[str], said: list[str]) -> None:
+    assert in_series(names) == said
+    assert shortened(f"over {', '.join(names)}: because") == f"over {', '.join(said)}: because"
+
+
+def test_long_lists_are_counted() -> None:
+    assert counted(["a", "b", "c", "d"]) == "a, b, c, d"
+    assert counted(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert counted(["a", *(f"b{i}" for i in range(9)), "c"]) == "a, b0 … b8, c"
