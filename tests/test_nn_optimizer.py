@@ -23,9 +23,9 @@ Bound = Callable[[Tensor, Tensor], Tensor]
 # -- posteriors at default settings ---------------------------------------------------------------------------
 
 
-def mean_field_optimum(bound: Bound, mean: Tensor, sd: float) -> tuple[Tensor, Tensor, float]:
+def mean_field_optimum(bound: Bound, mean: Tensor, sd: float | Tensor) -> tuple[Tensor, Tensor, float]:
     """Mean and sd of the best factorised Gaussian, by L-BFGS on a deterministic bound."""
-    mean, log_sd = mean.clone().requires_grad_(), torch.full_like(mean, math.log(sd)).requires_grad_()
+    mean, log_sd = mean.clone().requires_grad_(), torch.as_tensor(sd).expand_as(mean).log().requires_grad_()
     search = torch.optim.LBFGS(
         [mean, log_sd], max_iter=2000, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
@@ -109,6 +109,48 @@ def test_defaults_reach_the_mean_field_optimum(name: str) -> None:
     assert errors.max() < 0.10 and errors.median() < 0.03
     assert best - 0.5 < bound(w.detach(), found).item() <= best + 1e-6
     assert optimizer.curvature_drift() < 0.1
+
+
+def tanh_units(hidden: int, count: int, noise: float, seed: int) -> tuple[Tensor, Tensor, Bound]:
+    """2-hidden-1 tanh units and data of such a network; w ~ N(0, 1), of each layer the weights, then the biases.
+
+    Units are independent under a factorised Gaussian and their inputs Gaussian: E f and Var f by 24 Gauss-Hermite points a unit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 2, generator=generator)
+    sizes = [2 * hidden, hidden, hidden, 1]
+    w, b, v, c = torch.randn(sum(sizes), generator=generator).split(sizes)
+    y = (x @ w.view(hidden, 2).T + b).tanh() @ v + c + noise * torch.randn(count, generator=generator)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(24)
+    points, masses = torch.tensor(nodes), torch.tensor(weights / weights.sum())
+
+    def bound(mean: Tensor, sd: Tensor) -> Tensor:
+        (w, b, v, c), (w2, b2, v2, c2) = mean.split(sizes), sd.square().split(sizes)
+        location, variance = x @ w.view(hidden, 2).T + b, x.square() @ w2.view(hidden, 2).T + b2
+        unit = (location[..., None] + variance.sqrt()[..., None] * points).tanh()
+        first, second = unit @ masses, unit.square() @ masses
+        spread = c2 + second @ (v.square() + v2) - first.square() @ v.square()
+        gap = (y - first @ v - c).square() + spread
+        return (-0.5 * gap / noise**2 - math.log(noise * math.sqrt(2 * math.pi))).sum() - kl_to_standard(mean, sd)
+
+    return x, y[:, None], bound
+
+
+@pytest.mark.slow
+def test_defaults_reach_the_optimum_of_two_layers() -> None:
+    """From a random start, against L-BFGS from where the run ended: sds within 10 % each and 3 % in the median, half a nat."""
+    x, y, bound = tanh_units(5, 400, 0.3, seed=0)
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    optimizer = BLROptimizer(net.parameters(), len(x), seed=1)
+    for batch in minibatches(len(x), 32, 2000):
+        optimizer.step(lambda batch=batch: (Normal(net(x[batch]), 0.3), y[batch]))
+    mean = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    found = torch.cat([optimizer.stddev(parameter).flatten() for parameter in net.parameters()])
+    _, sd, best = mean_field_optimum(bound, mean, found)
+    errors = (found / sd - 1).abs()
+    assert errors.max() < 0.10 and errors.median() < 0.03
+    assert best - 0.5 < bound(mean, found).item() <= best + 1e-6
 
 
 @pytest.mark.slow
@@ -272,7 +314,7 @@ def test_blocks_and_closures_take_the_same_steps(observed: bool, dtype: torch.dt
             with optimizer.sampled():
                 distribution = Normal(net(x), 1.0)
                 if observed:
-                    optimizer.observe(distribution)
+                    optimizer.observe(distribution, y)
                 (-distribution.log_prob(y).mean()).backward()
             optimizer.step()
         runs.append(snapshot(net, optimizer))
@@ -464,7 +506,7 @@ SETTINGS = [
     ({"num_data": -3}, "num_data is -3"),
     ({"prior_precision": -1.0}, "prior_precision is -1.0; expected .* zero or more"),
     ({"momentum": 1.0}, "momentum is 1.0"),
-    ({"curvature": "hessian"}, "curvature is 'hessian'; expected one of 'auto'"),
+    ({"curvature": "newton"}, "curvature is .newton.; expected one of 'auto'"),
     ({"curvature_every": 0}, "curvature_every is 0"),
     ({"samples": 3, "antithetic": True}, "samples is 3; expected .* even"),
     ({"initial_curvature": 0, "prior_precision": 0}, "both 0"),
@@ -527,7 +569,7 @@ def test_several_processes_need_a_seed_and_prices_curvature(monkeypatch: pytest.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_is_twelve_bytes_a_parameter(dtype: torch.dtype) -> None:
     net, x, y = regression(dtype=dtype)
-    optimizer = BLROptimizer(net.parameters(), 16)
+    optimizer = BLROptimizer(net.parameters(), 16, metric="diagonal")
     optimizer.step(closure_of(net, x, y, True))
     held = [v for p in net.parameters() for v in optimizer.state[p].values() if torch.is_tensor(v)]
     assert sum(v.numel() * v.element_size() for v in held) == 12 * sum(p.numel() for p in net.parameters())

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_blr.nn._noise import mixed, normal_like
+from pyro_blr.nn._noise import block_elements, mixed, normal_like, normal_part
 
 __all__ = ["Bucket", "Entry", "buckets", "state_dtype"]
 
-# Elements that one call of torch._foreach takes: what it allocates on the way is a multiple of it, not of the network.
+# Elements that one call of torch._foreach takes on an accelerator: what it allocates on the way is a multiple of it, not of the
+# network. On a CPU it is a block of noise, whose mean, momentum, curvature and gradient stay in the cache from one operation to the next.
 BUCKET_ELEMENTS = 1 << 22
 
 
@@ -24,12 +25,24 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter, its state, its place among all parameters, and that in its group."""
+    """A parameter, its state, its place among all parameters, and that in its group; or elements start … stop − 1 of one."""
 
     parameter: Tensor
     state: dict[str, Any]
     index: int
     place: int
+    part: tuple[int, int] | None = None
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor in the parameter's shape; a view of it where it is contiguous."""
+        return tensor if self.part is None else tensor.reshape(-1)[self.part[0] : self.part[1]]
+
+    def noise(self, *numbers: int) -> Tensor:
+        """ε, as the mean, from `numbers` and the place."""
+        mean, key = self.state["mean"], mixed(*numbers, self.index)
+        if self.part is None:
+            return normal_like(mean, key)
+        return normal_part(mean, key, *self.part, mean.numel())
 
 
 @dataclass(frozen=True)
@@ -45,16 +58,16 @@ class Bucket:
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [entry.parameter for entry in self.entries]
+        return [entry.cut(entry.parameter) for entry in self.entries]
 
     @property
     def gradients(self) -> list[Tensor]:
         """What autograd left at the parameters, all of which have a gradient here."""
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return [entry.cut(entry.parameter.grad) for entry in self.entries if entry.parameter.grad is not None]
 
     def of_state(self, name: str) -> list[Tensor]:
         """mean, momentum or curvature of every entry."""
-        return [entry.state[name] for entry in self.entries]
+        return [entry.cut(entry.state[name]) for entry in self.entries]
 
     def prior(self, name: str) -> Any:
         """The group's prior_precision or prior_mean: a number, or one for each entry; all of them tensors where one is."""
@@ -68,35 +81,56 @@ class Bucket:
 
     def noise(self, *numbers: int) -> list[Tensor]:
         """ε of every entry, (*shape) each, from `numbers` and its index."""
-        return [normal_like(entry.state["mean"], mixed(*numbers, entry.index)) for entry in self.entries]
+        return [entry.noise(*numbers) for entry in self.entries]
+
+    def total(self) -> list[Tensor]:
+        """s / N = h + δ/N, (*shape) each; never zero."""
+        ridge = self.ridge()
+        total = torch._foreach_add(self.of_state("curvature"), ridge)
+        if isinstance(ridge, list) or ridge == 0:
+            torch._foreach_clamp_min_(total, 1e-30 / float(self.group["num_data"]))
+        return list(total)
+
+    def ridge(self) -> Any:
+        """δ / N, a number or one for each entry."""
+        data, prior = float(self.group["num_data"]), self.prior("prior_precision")
+        return [one / data for one in prior] if isinstance(prior, list) else prior / data
+
+    def pull(self) -> list[Tensor]:
+        """δ (m − m₀) / N, (*shape) each."""
+        mean, origin = self.of_state("mean"), self.prior("prior_mean")
+        if isinstance(origin, list) or origin:
+            mean = list(torch._foreach_sub(mean, origin))
+        return list(torch._foreach_mul(mean, self.ridge()))
 
     def precision(self) -> list[Tensor]:
         """s = N h + δ, (*shape) each; never zero."""
-        precision = torch._foreach_mul(self.of_state("curvature"), float(self.group["num_data"]))
-        torch._foreach_add_(precision, self.prior("prior_precision"))
-        torch._foreach_clamp_min_(precision, 1e-30)
-        return list(precision)
+        precision = self.total()
+        torch._foreach_mul_(precision, float(self.group["num_data"]))
+        return precision
 
     def scale(self) -> list[Tensor]:
         """σ = s^−½, (*shape) each."""
-        scale = torch._foreach_sqrt(self.precision())
-        torch._foreach_reciprocal_(scale)
-        return list(scale)
+        scale = self.precision()
+        torch._foreach_rsqrt_(scale)
+        return scale
 
     @torch.no_grad()
     def remember(self) -> None:
         """The mean is what the parameters hold, also where another hand wrote it."""
-        for entry in self.entries:
-            adopt(entry.state["mean"], entry.parameter)
+        for mean, parameter in zip(self.of_state("mean"), self.parameters, strict=True):
+            adopt(mean, parameter)
 
     @torch.no_grad()
     def perturb(self, noise: Sequence[Tensor], sign: float) -> None:
-        """θ = m ± σ ε, written into the parameters."""
-        values = self.scale()
-        torch._foreach_mul_(values, list(noise))
-        torch._foreach_mul_(values, sign)
-        torch._foreach_add_(values, self.of_state("mean"))
-        torch._foreach_copy_(self.parameters, values)
+        """θ = m ± σ ε, written into the parameters, after `remember`."""
+        scale, factor = self.total(), sign / float(self.group["num_data"]) ** 0.5
+        torch._foreach_rsqrt_(scale)
+        means, parameters = self.of_state("mean"), self.parameters
+        if means[0].dtype == parameters[0].dtype:  # that hold the mean
+            torch._foreach_addcmul_(parameters, scale, list(noise), value=factor)
+        else:
+            torch._foreach_copy_(parameters, torch._foreach_addcmul(means, scale, list(noise), value=factor))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -113,15 +147,40 @@ def adopt(mean: Tensor, parameter: Tensor) -> None:
 
 
 def buckets(group: dict[str, Any], entries: Iterable[Entry]) -> Iterator[Bucket]:
-    """The entries of one group in buckets."""
+    """The entries of one group in buckets, large ones in parts where they can be."""
     open_buckets: dict[tuple[Any, ...], Bucket] = {}
     sizes: dict[tuple[Any, ...], int] = {}
-    for entry in entries:
-        parameter, state = entry.parameter, entry.state
-        key = (parameter.device, parameter.dtype, state["step"], state["measurements"])
-        if key in open_buckets and sizes[key] + parameter.numel() > BUCKET_ELEMENTS:
-            yield open_buckets.pop(key)
-            sizes[key] = 0
-        open_buckets.setdefault(key, Bucket(group)).entries.append(entry)
-        sizes[key] = sizes.get(key, 0) + parameter.numel()
+    for whole in entries:
+        for entry in parts(group, whole):
+            parameter, state = entry.parameter, entry.state
+            count = parameter.numel() if entry.part is None else entry.part[1] - entry.part[0]
+            key = (parameter.device, parameter.dtype, state["step"], state["measurements"])
+            if key in open_buckets and sizes[key] + count > capacity(parameter.device):
+                yield open_buckets.pop(key)
+                sizes[key] = 0
+            open_buckets.setdefault(key, Bucket(group)).entries.append(entry)
+            sizes[key] = sizes.get(key, 0) + count
     yield from open_buckets.values()
+
+
+def capacity(device: torch.device) -> int:
+    """Elements of a bucket."""
+    return block_elements(device) if device.type == "cpu" else BUCKET_ELEMENTS
+
+
+def parts(group: dict[str, Any], entry: Entry) -> Iterator[Entry]:
+    """A large entry on the CPU in blocks of noise, where all that belongs to it is contiguous and its prior a number."""
+    parameter, size = entry.parameter, block_elements(entry.parameter.device)
+    beside = [value for value in (parameter.grad, entry.state["mean"]) if value is not None]
+    priors = [group[name] for name in ("prior_precision", "prior_mean")]
+    own = [value[entry.place] if isinstance(value, (list, tuple)) else value for value in priors]
+    if (
+        parameter.device.type != "cpu"
+        or parameter.numel() <= size
+        or any(torch.is_tensor(value) and value.numel() > 1 for value in own)
+        or not all(t.is_contiguous() for t in (parameter, *beside))
+    ):
+        yield entry
+        return
+    for start in range(0, parameter.numel(), size):
+        yield replace(entry, part=(start, min(start + size, parameter.numel())))

@@ -1,4 +1,4 @@
-"""Measurements of the Gauss-Newton curvature: squares of gradients at labels that the model draws."""
+"""Measurements of the curvature of the mean loss: squares of gradients at labels that the model draws, and its Hessian."""
 
 from __future__ import annotations
 
@@ -10,81 +10,89 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_blr.generators import isolated_torch_state
+from pyro_blr.nn._noise import mixed, normal_like
 
-__all__ = ["is_due", "measure"]
+__all__ = ["SMALL", "elements", "hessian", "is_due", "label_gradients", "probes", "squares"]
 
-# Up to as many parameters are measured at each step; sets of labels are as many as keep their gradients below as many numbers, up to 8.
+# Up to as many parameters are measured at each step; probes are as many as keep their gradients below as many numbers, up to 8.
 SMALL, NUMBERS = 1_000, 100_000
 
 
 def is_due(group: Mapping[str, Any]) -> bool:
-    """Whether the Gauss-Newton curvature of a group is measured at its next step."""
+    """Whether the curvature of a group is measured at its next step by more than its gradient."""
     if group["curvature"] == "price":
         return False
     every = group["curvature_every"] or (1 if elements(group) <= SMALL else 10)
     return group["draws"] < 20 or group["draws"] % every == 0
 
 
-def measure(
-    group: Mapping[str, Any], distribution: Distribution, parameters: Sequence[Tensor], seed: int
-) -> list[Tensor | None]:
-    """ĥ of each parameter, by the way that the group names; of small groups from up to eight sets of labels."""
-    probes = max(1, min(8, NUMBERS // elements(group)))
-    estimate = per_example if group["curvature"] == "examples" else sampled_labels
-    return estimate(distribution, parameters, probes, seed)
-
-
 def elements(group: Mapping[str, Any]) -> int:
-    return max(1, sum(parameter.numel() for parameter in group["params"]))
+    return max(1, sum(parameter.numel() for parameter in group["params"] if parameter.requires_grad))
 
 
-def sampled_labels(
-    distribution: Distribution, parameters: Sequence[Tensor], probes: int, seed: int
+def probes(group: Mapping[str, Any]) -> int:
+    """Sets of labels, or directions, of one measurement."""
+    return max(1, min(8, NUMBERS // elements(group)))
+
+
+def label_gradients(
+    distribution: Distribution, parameters: Sequence[Tensor], count: int, seed: int, by_example: bool
 ) -> list[Tensor | None]:
-    """ĥ = B (∇ (1/B) Σ_i −log p(ỹ_i | θ))², ỹ_i ~ p(· | θ), averaged over `probes` sets of labels.
+    """√w ∇ −log p(ỹ | θ), ỹ ~ p(· | θ), one row a set of labels or an example, (rows, *shape) each: Σ_r g_r g_rᵀ is Ĝ.
 
     Gradients at labels that the model drew have mean zero and are independent between examples, so that the square of their
-    sum is the sum of their squares in expectation, and that is the Fisher information: the Gauss-Newton curvature, one
-    backward pass a set. Shapes as the parameters; None for a parameter that the distribution does not depend on.
+    sum is the sum of their squares in expectation, and that is the Fisher information: the Gauss-Newton curvature. Of the
+    batch's mean loss: rows √B ∇ (1/B) Σ_i, one backward pass a set of labels. By example: rows ∇_i / √B, by torch's vmap over one
+    graph (VOGN), B times the parameters. Averaged over `count` sets. None for a parameter that the distribution does not depend on.
     """
-    total: list[Tensor | None] = [None] * len(parameters)
-    for losses in drawn_losses(distribution, probes, seed):
-        gradients = torch.autograd.grad(losses.mean(), parameters, retain_graph=True, allow_unused=True)
-        for i, gradient in enumerate(gradients):
-            total[i] = added(total[i], gradient, losses.numel() / probes)
-    return total
-
-
-def per_example(
-    distribution: Distribution, parameters: Sequence[Tensor], probes: int, seed: int
-) -> list[Tensor | None]:
-    """ĥ = (1/B) Σ_i (∇ −log p(ỹ_i | θ))², ỹ_i ~ p(· | θ): gradients of every example, by torch's vmap over one graph (VOGN).
-
-    Memory is B times the parameters. Shapes as the parameters; None as for `sampled_labels`.
-    """
-    total: list[Tensor | None] = [None] * len(parameters)
-    for losses in drawn_losses(distribution, probes, seed):
-        losses = losses.reshape(-1)
-        rows = torch.eye(losses.numel(), dtype=losses.dtype, device=losses.device)
-        gradients = torch.autograd.grad(
-            losses, parameters, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        for i, gradient in enumerate(gradients):
-            total[i] = added(total[i], gradient, 1 / probes, examples=True)
-    return total
-
-
-def drawn_losses(distribution: Distribution, probes: int, seed: int) -> list[Tensor]:
-    """−log p(ỹ | θ) of each example, `probes` times; the generators are left as they were."""
     with isolated_torch_state(seed), torch.no_grad():
-        labels = [distribution.sample() for _ in range(probes)]
-    return [-distribution.log_prob(label) for label in labels]
+        labels = [distribution.sample() for _ in range(count)]
+    found = []
+    for label in labels:
+        losses = -distribution.log_prob(label).reshape(-1)
+        weights = torch.full_like(losses, (losses.numel() * count) ** -0.5)
+        if by_example:
+            options: dict[str, Any] = {"grad_outputs": weights.diag(), "is_grads_batched": True}
+        else:
+            options = {"grad_outputs": weights}
+        gradients = torch.autograd.grad(losses, parameters, retain_graph=True, allow_unused=True, **options)
+        found.append([g if g is None or by_example else g[None] for g in gradients])
+    return [None if rows[0] is None else torch.cat([raised(g) for g in rows]) for rows in zip(*found, strict=True)]
 
 
-def added(total: Tensor | None, gradient: Tensor | None, weight: float, examples: bool = False) -> Tensor | None:
-    """total + weight · gradient², averaged over examples where the first dimension is theirs; float32 at least."""
-    if gradient is None:
-        return total
-    square = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square().mul_(weight)
-    square = square.mean(0) if examples else square
-    return square if total is None else total.add_(square)
+def squares(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """ĥ = Σ_r g_r², in the parameters' shapes."""
+    return [None if rows is None else rows.square().sum(0) for rows in gradients]
+
+
+def hessian(
+    loss: Tensor, parameters: Sequence[Tensor], scales: Sequence[Tensor], count: int, seed: int
+) -> list[Tensor]:
+    """ĥ = (v ∘ ∇²ℓ v) / σ², v = ± σ: the diagonal of the Hessian, averaged over `count` draws of the signs (Hutchinson 1990).
+
+    What is off the diagonal is noise, of about the same size for every element because v is in posterior standard deviations.
+    The kinks of ReLU units have no second derivative here. RuntimeError where an operation has none that autograd knows.
+    """
+    total = [torch.zeros_like(scale) for scale in scales]
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    curved = [(gradient, i) for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+    for probe in range(count if curved else 0):
+        signs = [rademacher(scale, mixed(seed, probe, i)) for i, scale in enumerate(scales)]
+        directions = [(signs[i] * scales[i]).to(gradient.dtype) for gradient, i in curved]
+        products = torch.autograd.grad(
+            [gradient for gradient, _ in curved], parameters, directions, retain_graph=True, allow_unused=True
+        )
+        for sum_, sign, scale, product in zip(total, signs, scales, products, strict=True):
+            if product is not None:
+                sum_.add_(sign * product / scale, alpha=1 / count)
+    return total
+
+
+def rademacher(template: Tensor, key: int) -> Tensor:
+    """±1, in the shape of `template`."""
+    return torch.ones_like(template).copysign(normal_like(template, key))
+
+
+def raised(gradient: Tensor) -> Tensor:
+    """In float32 at least."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))

@@ -15,7 +15,10 @@ __all__ = ["Evidence", "accumulate"]
 
 @dataclass
 class Evidence:
-    """Gradients of the mean loss and curvatures, by parameter, summed over draws.
+    """Gradients of the mean loss and curvatures, by parameter, summed over draws; `grams` and `smooth` by a group's first.
+
+    `squares` are curvatures that the loss was differentiated for: of Gauss and Newton, or the Hessian's; `smooth` says where the
+    latter could be had at the first step.
 
     A single draw leaves its gradients where autograd put them (`gradients` is empty), and Price's estimate is made from the
     noise when the step takes it; only several draws have sums of their own.
@@ -23,6 +26,8 @@ class Evidence:
 
     observations: int = 0
     squares: dict[Tensor, Tensor] = field(default_factory=dict)
+    grams: dict[Tensor, Tensor] = field(default_factory=dict)
+    smooth: set[Tensor] = field(default_factory=set)
     gradients: dict[Tensor, Tensor] = field(default_factory=dict)
     estimates: dict[Tensor, Tensor] = field(default_factory=dict)
 
@@ -31,9 +36,11 @@ class Evidence:
         found = self.gradients.get(parameter)
         return parameter.grad if found is None else found
 
-    def square(self, parameter: Tensor) -> Tensor:
-        """ĥ of Gauss and Newton, averaged over the observations."""
-        return self.squares[parameter] / self.observations
+    def settle(self) -> None:
+        """Averages curvatures over the observations."""
+        for value in (*self.squares.values(), *self.grams.values()) if self.observations > 1 else ():
+            value.div_(self.observations)
+        self.observations = 1
 
     def fault(self, loss: Any, parameters: Iterable[Tensor]) -> str | None:
         """What is not finite: the loss, or a gradient or curvature; None where the step can be taken."""
@@ -41,11 +48,23 @@ class Evidence:
             return f"the loss is {float(loss)}"
         gradients = [self.gradient(parameter) for parameter in parameters]
         found = [gradient for gradient in gradients if gradient is not None]
-        for name, tensors in (("gradient", found), ("curvature", [*self.squares.values(), *self.estimates.values()])):
-            norms = torch._foreach_norm(tensors, math.inf) if tensors else []
-            if not all(math.isfinite(norm.item()) for norm in norms):
-                return f"a {name} of the loss has an infinity or NaN"
-        return None
+        curvatures = [*self.squares.values(), *self.estimates.values(), *self.grams.values()]
+        if finite([*found, *curvatures]):
+            return None
+        return f"a {'curvature' if finite(found) else 'gradient'} of the loss has an infinity or NaN"
+
+
+def finite(tensors: list[Tensor]) -> bool:
+    """Whether every element of every tensor is finite; waits for the device once."""
+    if not tensors:
+        return True
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        # A sum is an infinity or NaN where an element is, and much faster here than a maximum.
+        return all(
+            math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))) for tensor in tensors
+        )
+    norms = torch._foreach_norm(tensors, math.inf)
+    return math.isfinite(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum())
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -17,14 +18,13 @@ SETTLED = 0.1
 
 
 @torch.no_grad()
-def note(bucket: Bucket) -> None:
-    """At measurement 1, 2, 4, 8, … keeps the average of log s of each parameter, and the one before it."""
-    count = bucket.entries[0].state["measurements"]
+def note(group: dict[str, Any], entry: Entry) -> None:
+    """At measurement 1, 2, 4, 8, … keeps the average of log s of a parameter, and the one before it."""
+    count = entry.state["measurements"]
     if count & (count - 1):
         return
-    for entry, precision in zip(bucket.entries, bucket.precision(), strict=True):
-        entry.state["before"] = entry.state["lately"]
-        entry.state["lately"] = precision.log().mean().item()
+    entry.state["before"] = entry.state["lately"]
+    entry.state["lately"] = Bucket(group, [entry]).precision()[0].log_().mean().item()
 
 
 def drift(entries: Iterable[Entry]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["mixed", "noise_numbers", "normal_like"]
+__all__ = ["block_elements", "mixed", "noise_numbers", "normal_like", "normal_part"]
 
 _WORD = (1 << 64) - 1
 
@@ -24,11 +24,32 @@ def mixed(*numbers: int) -> int:
     return state >> 1
 
 
+def block_elements(device: torch.device) -> int:
+    """How many elements of a tensor, in its logical order, share one seed; a part of the tensor needs only the blocks it meets."""
+    return 1 << 17 if device.type == "cpu" else 1 << 22
+
+
 def normal_like(template: Tensor, key: int) -> Tensor:
     """ε ~ N(0, 1) in the shape, dtype and device of `template`; the same for the same key, whatever the strides."""
-    generator = torch.Generator(device=template.device)
-    generator.manual_seed(key)
-    return torch.randn(template.shape, generator=generator, dtype=template.dtype, device=template.device)
+    count = template.numel()
+    return normal_part(template, key, 0, count, count).view(template.shape)
+
+
+def normal_part(template: Tensor, key: int, start: int, stop: int, count: int) -> Tensor:
+    """Elements start … stop − 1, in the logical order, of the noise of a tensor of `count`, (stop − start,), as `template` otherwise."""
+    size, generator = block_elements(template.device), torch.Generator(device=template.device)
+    noise = torch.empty(stop - start, dtype=template.dtype, device=template.device)
+    for block in range(start // size, -(-stop // size)):
+        generator.manual_seed(mixed(key, block))
+        first, last = block * size, min(count, (block + 1) * size)
+        low, high = max(start, first), min(stop, last)
+        target = noise[low - start : high - start]
+        if (low, high) == (first, last):
+            target.normal_(generator=generator)
+        else:
+            whole = torch.empty(last - first, dtype=noise.dtype, device=noise.device).normal_(generator=generator)
+            target.copy_(whole[low - first : high - first])
+    return noise
 
 
 def noise_numbers(group: Mapping[str, Any], number: int) -> tuple[int, ...]:

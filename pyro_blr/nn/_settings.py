@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NO_DRAW", "NO_GRADIENT", "TWO_DRAWS", "check_alone", "check_group", "check_seed"]
+__all__ = ["NO_DRAW", "NO_GRADIENT", "TWO_DRAWS", "check_alone", "check_group", "check_samples", "check_seed"]
 
 NO_GRADIENT = (
     "the closure left no gradient; expected it to call backward() on the mean loss and return it, or to return (distribution, labels) "
@@ -23,7 +23,8 @@ TWO_DRAWS = (
     "for several draws use step(closure) with samples=..., for predictions torch.no_grad()"
 )
 
-CURVATURES = ("auto", "labels", "examples", "price")
+CURVATURES = ("auto", "labels", "hessian", "examples", "price")
+METRICS = ("auto", "diagonal", "joint")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -52,10 +53,12 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(f"prior_mean is {mean!r}; expected a finite number")
     within(group, "lr", 0, math.inf, "1 is the natural gradient itself")
     within(group, "momentum", 0, 1, "the weight of past gradients, below 1")
-    within(group, "decay", 0, math.inf, "the power of the step count by which the rate falls; 0 keeps rates constant")
+    within(group, "decay", 0, math.inf, "the steps at rest after which the rate has halved; 0 keeps rates constant")
     within(group, "curvature_rate", 0, 1, "the weight of one measurement")
     if group["curvature"] not in CURVATURES:
         raise ValueError(f"curvature is {group['curvature']!r}; expected one of {', '.join(map(repr, CURVATURES))}")
+    if group["metric"] not in METRICS:
+        raise ValueError(f"metric is {group['metric']!r}; expected one of {', '.join(map(repr, METRICS))}")
     every = group["curvature_every"]
     if every is not None and (not isinstance(every, int) or every < 1):
         raise ValueError(f"curvature_every is {every!r}; expected a number of steps, one or more, or None")
@@ -92,6 +95,12 @@ def several_processes() -> bool:
     """Whether torch.distributed joins this process with others."""
     found = torch.distributed.is_available() and torch.distributed.is_initialized()
     return found and torch.distributed.get_world_size() > 1
+
+
+def check_samples(samples: int, antithetic: bool) -> None:
+    """Raises ValueError where a number of draws has no meaning."""
+    if samples < 1 or (antithetic and samples % 2):
+        raise ValueError(f"samples is {samples!r}; expected one or more, and an even number with antithetic=True")
 
 
 def check_seed(seed: int | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_blr.nn._buckets import Bucket
-from pyro_blr.nn._rates import curvature_rate, mean_rate
+from pyro_blr.nn._rates import compares, curvature_rate, mean_rate
 
 __all__ = ["move_curvature", "move_mean", "price"]
 
@@ -18,10 +18,12 @@ def price(bucket: Bucket, noise: Sequence[Tensor], sign: float) -> list[Tensor]:
 
     The gradients are those at the parameters.
     """
-    estimate = torch._foreach_div(list(noise), bucket.scale())
+    estimate = bucket.total()
+    torch._foreach_sqrt_(estimate)
+    torch._foreach_mul_(estimate, list(noise))
     torch._foreach_mul_(estimate, bucket.gradients)
-    torch._foreach_mul_(estimate, sign)
-    return list(estimate)
+    torch._foreach_mul_(estimate, sign * float(bucket.group["num_data"]) ** 0.5)
+    return estimate
 
 
 def move_curvature(bucket: Bucket, measured: Sequence[Tensor], definite: bool) -> None:
@@ -31,58 +33,46 @@ def move_curvature(bucket: Bucket, measured: Sequence[Tensor], definite: bool) -
     negative (`definite`) does without it, and without the bias that noise gives it.
     """
     group, state = bucket.group, bucket.entries[0].state
-    rate = curvature_rate(state["measurements"] + 1, group["curvature_rate"], group["decay"] > 0)
+    rate = curvature_rate(state["measurements"] + 1, group)
     curvature = bucket.of_state("curvature")
-    prior = bucket.prior("prior_precision")
-    each = [one / group["num_data"] for one in prior] if isinstance(prior, list) else prior / group["num_data"]
-    total = list(torch._foreach_add(curvature, each))
+    total = bucket.total()
     difference = list(torch._foreach_sub(list(measured), curvature))
     torch._foreach_mul_(difference, rate)
     if not definite:
-        second = torch._foreach_mul(difference, difference)
-        torch._foreach_div_(second, total)
-        torch._foreach_add_(difference, second, alpha=0.5)
+        torch._foreach_addcdiv_(difference, torch._foreach_mul(difference, difference), total, value=0.5)
     if group["trust"] is not None:
         torch._foreach_mul_(total, group["trust"])
         clip(difference, total)
     torch._foreach_add_(curvature, difference)
-    for entry in bucket.entries:
-        entry.state["measurements"] += 1
 
 
-def move_mean(bucket: Bucket, gradient: Sequence[Tensor]) -> None:
-    """g ← β g + (1 − β) ĝ;  m ← m − clip(α (g / (1 − β^t) + δ (m − m₀) / N) / (h + δ/N)), clipped at ± trust σ."""
+def move_mean(bucket: Bucket, gradient: Sequence[Tensor]) -> list[Tensor]:
+    """g ← β g + (1 − β) ĝ;  m ← m − clip(α (g / (1 − β^t) + δ (m − m₀) / N) / (h + δ/N)), clipped at ± trust σ.
+
+    Returns, where rates fall, the parts of ⟨ĝ, g⟩ before the step, both with the prior's and in the metric 1 / (h + δ/N).
+    """
     group, state = bucket.group, bucket.entries[0].state
-    step, beta = state["step"] + 1, group["momentum"]
+    step, beta, data = state["step"] + 1, group["momentum"], float(group["num_data"])
     momentum, mean = bucket.of_state("momentum"), bucket.of_state("mean")
+    pull = bucket.pull()
+    total = bucket.total()
+    agreement: list[Tensor] = []
+    if step > 1 and compares(group):
+        before = list(torch._foreach_add(pull, momentum, alpha=1 / max(1 - beta ** (step - 1), 1e-8)))
+        torch._foreach_div_(before, total)
+        now = torch._foreach_add(pull, list(gradient))
+        agreement = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(before, now, strict=True)]
     torch._foreach_lerp_(momentum, list(gradient), 1 - beta)
-    # N (g + δ (m − m₀) / N) / s, the natural gradient.
-    direction = list(torch._foreach_mul(momentum, group["num_data"] / (1 - beta**step)))
-    add_prior(bucket, direction)
-    precision = bucket.precision()
-    torch._foreach_div_(direction, precision)
-    torch._foreach_mul_(direction, -mean_rate(step, group["lr"], group["decay"]))
+    torch._foreach_add_(pull, momentum, alpha=1 / (1 - beta**step))
+    torch._foreach_div_(pull, total)
+    torch._foreach_mul_(pull, mean_rate(group, mean[0].device))
     if group["trust"] is not None:
-        torch._foreach_sqrt_(precision)
-        torch._foreach_reciprocal_(precision)
-        torch._foreach_mul_(precision, group["trust"])
-        clip(direction, precision)
-    torch._foreach_add_(mean, direction)
+        torch._foreach_rsqrt_(total)
+        torch._foreach_mul_(total, group["trust"] / data**0.5)
+        clip(pull, total)
+    torch._foreach_sub_(mean, pull)
     torch._foreach_copy_(bucket.parameters, mean)
-    for entry in bucket.entries:
-        entry.state["step"] = step
-
-
-def add_prior(bucket: Bucket, direction: list[Tensor]) -> None:
-    """direction += δ (m − m₀)."""
-    precision, origin, mean = bucket.prior("prior_precision"), bucket.prior("prior_mean"), bucket.of_state("mean")
-    if not isinstance(precision, list) and not isinstance(origin, list):
-        torch._foreach_add_(direction, mean, alpha=precision)
-        torch._foreach_sub_(direction, precision * origin)
-        return
-    away = list(torch._foreach_sub(mean, origin))
-    torch._foreach_mul_(away, precision)
-    torch._foreach_add_(direction, away)
+    return agreement
 
 
 def clip(values: list[Tensor], radius: list[Tensor]) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from pyro_blr.nn._buckets import Bucket, Entry, buckets
-from pyro_blr.nn._curvature import is_due, measure
-from pyro_blr.nn._evidence import Evidence, accumulate
+from pyro_blr.nn._buckets import Bucket, Entry
+from pyro_blr.nn._curvature import is_due
+from pyro_blr.nn._draws import perturbed
+from pyro_blr.nn._evidence import Evidence
+from pyro_blr.nn._measure import observe
 from pyro_blr.nn._monitor import drift, warn_of_drift
-from pyro_blr.nn._noise import mixed, noise_numbers
-from pyro_blr.nn._settings import NO_DRAW, NO_GRADIENT, TWO_DRAWS, check_alone, check_group, check_seed
+from pyro_blr.nn._noise import noise_numbers
+from pyro_blr.nn._settings import NO_DRAW, NO_GRADIENT, TWO_DRAWS, check_group, check_samples, check_seed
 from pyro_blr.nn._start import new_state
 from pyro_blr.nn._step import collect, take
 
@@ -48,11 +50,15 @@ class BLROptimizer(Optimizer):
     num_data: N, how many data the mean loss stands for; for a language model, tokens.
     prior_precision, prior_mean: δ and m₀; δ / N is AdamW's weight decay. In a group also a list, for each parameter a number or a tensor
         that broadcasts to it.
-    lr, decay: α_t = lr / (1 + t / decay); decay=0 keeps α, and ρ, constant.
+    lr, decay: α = lr / (1 + k / decay), where k counts steps at rest: it grows by 2 whenever a gradient turns against those before
+        it. decay=0 keeps α, and ρ, constant.
     momentum: β₁ of the gradient's running mean.
+    metric: "diagonal" is the equation above; "joint" moves the mean in the Gauss-Newton matrix of the group's parameters together, to the
+        same end in fewer steps, at D² numbers; "auto" is "joint" for at most 1,000 parameters whose labels' distribution is known.
     curvature: "labels" (Gauss-Newton at sampled labels, one more backward), "examples" (the same from the gradient of every example:
-        VOGN), "price", or "auto": "labels" where the first step sees a distribution, otherwise "price".
-    curvature_rate: the value below which ρ_n = 2 / (n + 20) does not fall; with decay=0, ρ itself (1 − β₂ of IVON).
+        VOGN), "hessian" (of the loss at the observed labels, by products with it), "price", or "auto": where the first step sees no
+        distribution "price", otherwise "hessian" for at most 1,000 parameters and labels that are told, else "labels".
+    curvature_rate: below which ρ_n = 3 / (n + 20), for "price" 2 / (n + 20), does not fall; with decay=0, ρ itself (1 − β₂ of IVON).
     curvature_every: steps between measurements at sampled labels, after twenty in a row; None is 1 for at most 1,000 parameters, else 10.
     initial_curvature: h₀ of s = N h + δ; None takes it from the first batch, at the mean.
     trust: no step moves a mean by more than `trust` standard deviations, nor a precision by more than that part; None is no limit.
@@ -75,6 +81,7 @@ class BLROptimizer(Optimizer):
         lr: float = 1.0,
         decay: float = 10.0,
         momentum: float = 0.9,
+        metric: str = "auto",
         curvature: str = "auto",
         curvature_rate: float = 1e-3,
         curvature_every: int | None = None,
@@ -85,8 +92,7 @@ class BLROptimizer(Optimizer):
         seed: int | None = None,
     ) -> None:
         check_seed(seed)
-        if samples < 1 or (antithetic and samples % 2):
-            raise ValueError(f"samples is {samples!r}; expected one or more, and an even number with antithetic=True")
+        check_samples(samples, antithetic)
         group = {
             "num_data": num_data,
             "prior_precision": prior_precision,
@@ -94,6 +100,7 @@ class BLROptimizer(Optimizer):
             "lr": lr,
             "decay": decay,
             "momentum": momentum,
+            "metric": metric,
             "curvature": curvature,
             "curvature_rate": curvature_rate,
             "curvature_every": curvature_every,
@@ -103,6 +110,7 @@ class BLROptimizer(Optimizer):
             "antithetic": antithetic,
             "seed": int(torch.randint(2**62, ()).item()) if seed is None else seed,
             "draws": 0,
+            "turns": 0.0,
         }
         self._forget()
         super().__init__(params, group)
@@ -167,22 +175,16 @@ class BLROptimizer(Optimizer):
             yield
         self._pending = True
 
-    def observe(self, distribution: Distribution) -> None:
-        """In a block of `sampled()`, before backward: the distribution of the observed labels, for curvature at sampled labels.
+    def observe(self, distribution: Distribution, labels: Tensor | None = None) -> None:
+        """In a block of `sampled()`, before backward: the distribution of the observed labels, and these, for the curvature.
 
         Each element of its `log_prob` is one datum. Several calls, each with a part of the batch, are averaged. `grad` is left
-        alone, and the graph is kept.
+        alone, and the graph is kept. Without labels there is no curvature by the Hessian.
         """
         if not self._inside:
             raise RuntimeError("observe() was called outside sampled(): the curvature is that of drawn weights")
-        for group in filter(is_due, self.param_groups):
-            check_alone()
-            parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
-            key = mixed(group["seed"], group["draws"], self._evidence.observations)
-            for parameter, square in zip(parameters, measure(group, distribution, parameters, key), strict=True):
-                if square is not None:
-                    accumulate(self._evidence.squares, parameter, square)
-        self._evidence.observations += 1
+        loss = None if labels is None else -distribution.log_prob(labels).mean()
+        self._observe(distribution, loss)
 
     def stddev(self, parameter: Tensor) -> Tensor:
         """σ = (N h + δ)^−½ of a parameter, in its shape; NaN where no step has reached it."""
@@ -216,6 +218,13 @@ class BLROptimizer(Optimizer):
         super().__setstate__(state)
         self._forget()
 
+    def _observe(self, distribution: Distribution, loss: Tensor | None) -> None:
+        """Adds what the distribution tells of every group whose curvature is due."""
+        for group, entries in self._by_group():
+            if entries and is_due(group):
+                observe(group, entries, self._evidence, distribution, loss)
+        self._evidence.observations += 1
+
     # -- draws ---------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
@@ -232,7 +241,6 @@ class BLROptimizer(Optimizer):
                 index += 1
 
     def _by_group(self) -> list[tuple[dict[str, Any], list[Entry]]]:
-        """Each group with its entries."""
         return [(group, [entry for owner, entry in self._entries() if owner is group]) for group in self.param_groups]
 
     def _has_gradient(self) -> bool:
@@ -251,19 +259,11 @@ class BLROptimizer(Optimizer):
         """The weights at m ± σ ε, with ε from the step and `number`, or from `key`."""
         if self._inside:
             raise RuntimeError("sampled() was entered inside sampled() or a closure: one draw at a time")
-        done: list[Bucket] = []
         self._inside = True
         try:
-            for group, entries in self._by_group():
-                for bucket in buckets(group, [entry for entry in entries if entry.state]):
-                    bucket.remember()
-                    done.append(bucket)
-                    numbers = noise_numbers(group, number) if key is None else (key,)
-                    bucket.perturb(bucket.noise(*numbers), sign)
-            yield
+            with perturbed(self._by_group(), number, sign, key):
+                yield
         finally:
-            for bucket in done:
-                bucket.restore()
             self._inside = False
 
     def _draw(self, closure: Callable[[], Any]) -> Tensor | float:
@@ -295,6 +295,6 @@ class BLROptimizer(Optimizer):
         distribution, labels = result
         loss = -distribution.log_prob(labels).mean()
         if math.isfinite(loss.detach()):
-            self.observe(distribution)
+            self._observe(distribution, loss)
             loss.backward()
         return loss.detach()
