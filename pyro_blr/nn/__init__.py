@@ -9,7 +9,7 @@ from pyro_blr.nn.evaluation import (
     predictive_log_probs,
     regression_scores,
 )
-from pyro_blr.nn.heads import BernoulliHead, GaussianHead, HeadPrediction, OneVsEachHead
+from pyro_blr.nn.heads import BernoulliHead, CategoricalHead, GaussianHead, HeadPrediction, OneVsEachHead
 from pyro_blr.nn.modules import BayesianModule, bayesian
 from pyro_blr.nn.optimizer import BLROptimizer
 from pyro_blr.nn.predictions import predict
@@ -18,6 +18,7 @@ __all__ = [
     "BLROptimizer",
     "BayesianModule",
     "BernoulliHead",
+    "CategoricalHead",
     "ClassificationScores",
     "GaussianHead",
     "HeadPrediction",

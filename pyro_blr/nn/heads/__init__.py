@@ -3,7 +3,8 @@
 from pyro_blr.nn.heads._polya_gamma import PolyaGammaHead
 from pyro_blr.nn.heads._predictions import HeadPrediction
 from pyro_blr.nn.heads.bernoulli import BernoulliHead
+from pyro_blr.nn.heads.categorical import CategoricalHead
 from pyro_blr.nn.heads.gaussian import GaussianHead
 from pyro_blr.nn.heads.one_vs_each import OneVsEachHead
 
-__all__ = ["BernoulliHead", "GaussianHead", "HeadPrediction", "OneVsEachHead", "PolyaGammaHead"]
+__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "HeadPrediction", "OneVsEachHead", "PolyaGammaHead"]

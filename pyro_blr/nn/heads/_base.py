@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -71,17 +71,17 @@ class Head(torch.nn.Module, abc.ABC):
         size = max(1, PART_NUMBERS // (self.width + self.out_features))
         return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
-    def _once(self, compute: Callable[[], Any]) -> Any:
-        """compute(), kept until a buffer is written into, moved or loaded."""
+    def _once(self, buffers: Iterable[Tensor], compute: Callable[[], Any]) -> Any:
+        """compute(), kept until one of these buffers is written into, moved or loaded."""
+        now = list(buffers)
         if self._known is not None:
             seen, value = self._known
-            now = list(self.buffers())
             if len(seen) == len(now) and all(
                 old is new and version == new._version for (old, version), new in zip(seen, now, strict=True)
             ):
                 return value
         value = compute()
-        self._known = [(buffer, buffer._version) for buffer in self.buffers()], value
+        self._known = [(buffer, buffer._version) for buffer in now], value
         return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

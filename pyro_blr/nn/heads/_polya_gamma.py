@@ -165,7 +165,7 @@ class PolyaGammaHead(Head):
 
     def _posterior(self) -> tuple[Tensor, Tensor]:
         """m (G, K) and the Cholesky factor of Λ (G, K, K)."""
-        return self._once(self._solve)
+        return self._once(self.buffers(), self._solve)
 
     @torch.no_grad()
     def _solve(self) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,7 @@ class GaussianHead(Head):
         self.count.add_(sign * len(answers))
 
     def _posterior(self) -> WeightPosterior:
-        return self._once(self._solve)
+        return self._once(self.buffers(), self._solve)
 
     @torch.no_grad()
     def _solve(self) -> WeightPosterior:
