@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_blr.nn._noise import block_elements, mixed, normal_like, normal_part
+from pyro_blr.nn._ranks import is_sharded, local, start_of
 
 __all__ = ["Bucket", "Entry", "buckets", "state_dtype"]
 
@@ -34,12 +35,20 @@ class Entry:
     part: tuple[int, int] | None = None
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor in the parameter's shape; a view of it where it is contiguous."""
-        return tensor if self.part is None else tensor.reshape(-1)[self.part[0] : self.part[1]]
+        """The part, held by this process, of a tensor in the parameter's shape; a view of it where it is contiguous. Under no_grad."""
+        return local(tensor) if self.part is None else tensor.reshape(-1)[self.part[0] : self.part[1]]
+
+    @property
+    def count(self) -> int:
+        """How many elements of it this process holds."""
+        return local(self.parameter.detach()).numel() if self.part is None else self.part[1] - self.part[0]
 
     def noise(self, *numbers: int) -> Tensor:
         """ε, as the mean, from `numbers` and the place."""
         mean, key = self.state["mean"], mixed(*numbers, self.index)
+        if is_sharded(mean):
+            own, start = local(mean), start_of(mean)
+            return normal_part(own, key, start, start + own.numel(), mean.numel()).view(own.shape)
         if self.part is None:
             return normal_like(mean, key)
         return normal_part(mean, key, *self.part, mean.numel())
@@ -153,7 +162,7 @@ def buckets(group: dict[str, Any], entries: Iterable[Entry]) -> Iterator[Bucket]
     for whole in entries:
         for entry in parts(group, whole):
             parameter, state = entry.parameter, entry.state
-            count = parameter.numel() if entry.part is None else entry.part[1] - entry.part[0]
+            count = entry.count
             key = (parameter.device, parameter.dtype, state["step"], state["measurements"])
             if key in open_buckets and sizes[key] + count > capacity(parameter.device):
                 yield open_buckets.pop(key)
@@ -176,6 +185,7 @@ def parts(group: dict[str, Any], entry: Entry) -> Iterator[Entry]:
     own = [value[entry.place] if isinstance(value, (list, tuple)) else value for value in priors]
     if (
         parameter.device.type != "cpu"
+        or is_sharded(parameter)
         or parameter.numel() <= size
         or any(torch.is_tensor(value) and value.numel() > 1 for value in own)
         or not all(t.is_contiguous() for t in (parameter, *beside))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_blr.nn._buckets import Bucket, Entry, buckets
 from pyro_blr.nn._noise import noise_numbers
+from pyro_blr.nn._ranks import world_size
+from pyro_blr.nn._settings import NO_GRADIENT
 
-__all__ = ["perturbed"]
+__all__ = ["mean_loss", "perturbed"]
 
 
 @contextlib.contextmanager
@@ -29,3 +36,19 @@ def perturbed(
     finally:
         for bucket in done:
             bucket.restore()
+
+
+def mean_loss(result: Any, observe: Callable[[Distribution, Tensor], None]) -> Any:
+    """The mean loss that a closure returned, or that of the distribution and labels which it returned, after `observe` and backward."""
+    if result is None:
+        raise RuntimeError(NO_GRADIENT)
+    if not isinstance(result, tuple):
+        return result.detach() if torch.is_tensor(result) else result
+    distribution, labels = result
+    loss = -distribution.log_prob(labels).mean()
+    finite = math.isfinite(loss.detach())
+    if finite:
+        observe(distribution, loss)
+    if finite or world_size() > 1:  # others wait for this process's gradients
+        loss.backward()
+    return loss.detach()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_blr.nn._ranks import any_rank, local
+
 __all__ = ["Evidence", "accumulate"]
 
 
@@ -36,18 +38,20 @@ class Evidence:
         found = self.gradients.get(parameter)
         return parameter.grad if found is None else found
 
-    def settle(self) -> None:
-        """Averages curvatures over the observations."""
-        for value in (*self.squares.values(), *self.grams.values()) if self.observations > 1 else ():
-            value.div_(self.observations)
-        self.observations = 1
-
     def fault(self, loss: Any, parameters: Iterable[Tensor]) -> str | None:
-        """What is not finite: the loss, or a gradient or curvature; None where the step can be taken."""
+        """What is not finite, in any process: the loss, or a gradient or curvature; None where the step can be taken."""
+        parameters = list(parameters)
+        said = self.own_fault(loss, parameters)
+        if parameters and any_rank(said is not None, parameters[0].device):
+            return said or "another process found what is not finite"
+        return said
+
+    def own_fault(self, loss: Any, parameters: Iterable[Tensor]) -> str | None:
+        """What is not finite in this process."""
         if loss is not None and not math.isfinite(loss):
             return f"the loss is {float(loss)}"
         gradients = [self.gradient(parameter) for parameter in parameters]
-        found = [gradient for gradient in gradients if gradient is not None]
+        found = [local(gradient) for gradient in gradients if gradient is not None]
         curvatures = [*self.squares.values(), *self.estimates.values(), *self.grams.values()]
         if finite([*found, *curvatures]):
             return None

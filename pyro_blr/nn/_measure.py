@@ -14,7 +14,7 @@ from pyro_blr.nn._curvature import SMALL, elements, hessian, label_gradients, pr
 from pyro_blr.nn._evidence import Evidence, accumulate
 from pyro_blr.nn._metric import gram_of, is_joint
 from pyro_blr.nn._noise import mixed
-from pyro_blr.nn._settings import check_alone
+from pyro_blr.nn._ranks import is_sharded, rank, world_size
 
 __all__ = ["observe"]
 
@@ -27,9 +27,11 @@ def observe(
     loss: Tensor | None,
 ) -> None:
     """Adds the curvatures of a group, and its matrix where the mean moves in it, to the evidence; `loss` is that of the labels observed."""
-    check_alone()
     parameters, count = [entry.parameter for entry in entries], probes(group)
-    key = mixed(group["seed"], group["draws"], evidence.observations)
+    if any(is_sharded(parameter) for parameter in parameters):
+        return  # Price's curvature alone: what autograd differentiates here are not the shards
+    # Labels of a process are those that one process would draw for this part of the batch.
+    key = mixed(group["seed"], group["draws"], evidence.observations * world_size() + rank())
     begun = all(entry.state for entry in entries)
     by_hessian = begun and group["curvature"] == "hessian" and loss is not None
     if not by_hessian or is_joint(group):

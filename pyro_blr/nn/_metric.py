@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_blr.nn._buckets import Bucket, Entry, state_dtype
 from pyro_blr.nn._curvature import SMALL, elements
+from pyro_blr.nn._ranks import is_sharded
 from pyro_blr.nn._rates import compares, curvature_rate, mean_rate
 
 __all__ = ["gram_of", "is_joint", "move_gram", "move_jointly", "new_gram"]
@@ -44,16 +45,18 @@ def is_small(group: Mapping[str, Any]) -> bool:
     """Whether the parameters of a group may have a matrix together."""
     if group["metric"] == "diagonal":
         return False
-    kinds = {(parameter.device, state_dtype(parameter)) for parameter in group["params"] if parameter.requires_grad}
+    free = [parameter for parameter in group["params"] if parameter.requires_grad]
+    kinds = {(parameter.device, state_dtype(parameter)) for parameter in free}
+    if any(is_sharded(parameter) for parameter in free):
+        return False
     return len(kinds) == 1 and (group["metric"] == "joint" or elements(group) <= SMALL)
 
 
-def new_gram(group: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
+def new_gram(group: Mapping[str, Any], first: Entry) -> dict[str, Any]:
     """What the state of a small group's first parameter holds besides: G and the factor of A, (D, D), and how often G was measured."""
-    count = elements(group) if is_small(group) and entries else 0
-    if not count:
+    if not is_small(group):
         return {}
-    mean = entries[0].state["mean"]
+    count, mean = elements(group), first.state["mean"]
     return {"grams": 0, "gram": mean.new_zeros(count, count), "factor": mean.new_zeros(count, count)}
 
 
@@ -62,7 +65,7 @@ def move_gram(group: dict[str, Any], entries: Sequence[Entry], gram: Tensor) -> 
     """G ← (1 − ρ) G + ρ Ĝ, beginning at diag(h), and the factor of A, of a large matrix every so many times as it costs D³."""
     state = entries[0].state
     if len(state.get("gram", ())) != len(gram):  # others are frozen now
-        state.update(new_gram(group, entries))
+        state.update(new_gram(group, entries[0]))
     if state["grams"] == 0:
         state["gram"] = torch.cat([entry.state["curvature"].flatten() for entry in entries]).diag()
     state["grams"] += 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pyro_blr.nn._buckets import Bucket, Entry
+from pyro_blr.nn._ranks import mean_over
 
 __all__ = ["drift", "note", "warn_of_drift"]
 
@@ -24,7 +25,7 @@ def note(group: dict[str, Any], entry: Entry) -> None:
     if count & (count - 1):
         return
     entry.state["before"] = entry.state["lately"]
-    entry.state["lately"] = Bucket(group, [entry]).precision()[0].log_().mean().item()
+    entry.state["lately"] = mean_over(Bucket(group, [entry]).precision()[0].log_(), entry.parameter)
 
 
 def drift(entries: Iterable[Entry]) -> float:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_blr.nn._ranks import rank
+
 __all__ = ["block_elements", "mixed", "noise_numbers", "normal_like", "normal_part"]
 
 _WORD = (1 << 64) - 1
@@ -53,5 +55,6 @@ def normal_part(template: Tensor, key: int, start: int, stop: int, count: int) -
 
 
 def noise_numbers(group: Mapping[str, Any], number: int) -> tuple[int, ...]:
-    """What the noise of draw `number` in a step is a function of, beside the parameter's place."""
-    return group["seed"], group["draws"], number
+    """What the noise of draw `number` in a step is a function of, beside the parameter's place; the process, where each has its own."""
+    own = (rank(),) if group["noise"] == "own" else ()
+    return group["seed"], group["draws"], number, *own

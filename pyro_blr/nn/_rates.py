@@ -20,9 +20,7 @@ def mean_rate(group: Mapping[str, Any], device: torch.device) -> Any:
     lr, decay, turns = group["lr"], group["decay"], group["turns"]
     if not decay:
         return lr
-    if torch.is_tensor(turns):
-        turns = turns.item() if device.type == turns.device.type == "cpu" else turns.to(device)
-    return lr / (1 + turns / decay)
+    return lr / (1 + (turns.item() if device.type == turns.device.type == "cpu" else turns.to(device)) / decay)
 
 
 def compares(group: Mapping[str, Any]) -> bool:

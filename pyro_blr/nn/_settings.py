@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["NO_DRAW", "NO_GRADIENT", "TWO_DRAWS", "check_alone", "check_group", "check_samples", "check_seed"]
+from pyro_blr.nn._ranks import check_shards, is_sharded, world_size
+
+__all__ = [
+    "NO_DRAW",
+    "NO_GRADIENT",
+    "TWO_DRAWS",
+    "OWN_NOISE",
+    "check_group",
+    "check_samples",
+    "check_seed",
+    "check_shared",
+]
 
 NO_GRADIENT = (
     "the closure left no gradient; expected it to call backward() on the mean loss and return it, or to return (distribution, labels) "
@@ -24,6 +36,13 @@ TWO_DRAWS = (
 )
 
 CURVATURES = ("auto", "labels", "hessian", "examples", "price")
+OWN_NOISE = (
+    "noise='own' with Price's curvature, which would need each process's gradient before they are averaged; expected noise='shared', or a "
+    "closure that returns (distribution, labels)"
+)
+
+NOISES = ("shared", "own")
+SHARDED = {"curvature": ("auto", "price"), "metric": ("auto", "diagonal"), "noise": ("shared",)}
 METRICS = ("auto", "diagonal", "joint")
 
 
@@ -57,8 +76,9 @@ def check_group(group: Mapping[str, Any]) -> None:
     within(group, "curvature_rate", 0, 1, "the weight of one measurement")
     if group["curvature"] not in CURVATURES:
         raise ValueError(f"curvature is {group['curvature']!r}; expected one of {', '.join(map(repr, CURVATURES))}")
-    if group["metric"] not in METRICS:
-        raise ValueError(f"metric is {group['metric']!r}; expected one of {', '.join(map(repr, METRICS))}")
+    for name, known in (("metric", METRICS), ("noise", NOISES)):
+        if group[name] not in known:
+            raise ValueError(f"{name} is {group[name]!r}; expected one of {', '.join(map(repr, known))}")
     every = group["curvature_every"]
     if every is not None and (not isinstance(every, int) or every < 1):
         raise ValueError(f"curvature_every is {every!r}; expected a number of steps, one or more, or None")
@@ -91,12 +111,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def several_processes() -> bool:
-    """Whether torch.distributed joins this process with others."""
-    found = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return found and torch.distributed.get_world_size() > 1
-
-
 def check_samples(samples: int, antithetic: bool) -> None:
     """Raises ValueError where a number of draws has no meaning."""
     if samples < 1 or (antithetic and samples % 2):
@@ -105,13 +119,19 @@ def check_samples(samples: int, antithetic: bool) -> None:
 
 def check_seed(seed: int | None) -> None:
     """Raises ValueError where processes would draw different noise without saying so."""
-    if seed is None and several_processes():
+    if seed is None and world_size() > 1:
         raise ValueError("seed is None among several processes; expected the same number in all of them: pass seed=0")
 
 
-def check_alone() -> None:
-    """Raises RuntimeError where each process would have a curvature of its own."""
-    if several_processes():
-        raise RuntimeError(
-            "a curvature at sampled labels is not summed over processes yet; expected one process, or curvature='price'"
+def check_shared(group: Mapping[str, Any], parameters: Iterable[Tensor]) -> None:
+    """Raises ValueError where parameters are sharded in a way, or with settings, that the rule is not known for."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    for parameter in sharded:
+        check_shards(parameter)
+    asked = [name for name, known in SHARDED.items() if group[name] not in known]
+    if sharded and asked:
+        found = ", ".join(f"{name}={group[name]!r}" for name in asked)
+        raise ValueError(
+            f"{found} on sharded parameters; expected curvature='price', metric='diagonal' and noise='shared': gradients at sampled labels "
+            "never reach the shards, whose gradients fully_shard makes in backward() alone"
         )

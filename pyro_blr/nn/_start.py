@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_blr.nn._buckets import Entry, state_dtype
+from pyro_blr.nn._ranks import local, mean_over
 
 __all__ = ["first_curvature", "new_state"]
 
@@ -40,6 +41,8 @@ def first_curvature(entry: Entry, gradient: Tensor, measured: Tensor | None, gro
     said = group["prior_precision"]
     said = said[entry.place] if isinstance(said, (list, tuple)) else said
     prior = float(torch.as_tensor(said).mean(dtype=torch.float64))
-    size, slope = entry.parameter.to(torch.float64).square().mean(), gradient.to(torch.float64).square().mean()
-    precision = max(prior, 100 / float(size) if size > 0 else 0.0, group["num_data"] * float(slope))
+    size, slope = (
+        mean_over(local(tensor).to(torch.float64).square(), entry.parameter) for tensor in (entry.parameter, gradient)
+    )
+    precision = max(prior, 100 / size if size > 0 else 0.0, group["num_data"] * slope)
     return (precision - prior) / group["num_data"]

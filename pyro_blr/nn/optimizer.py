@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 
 from pyro_blr.nn._buckets import Bucket, Entry
 from pyro_blr.nn._curvature import is_due
-from pyro_blr.nn._draws import perturbed
+from pyro_blr.nn._draws import mean_loss, perturbed
 from pyro_blr.nn._evidence import Evidence
 from pyro_blr.nn._measure import observe
 from pyro_blr.nn._monitor import drift, warn_of_drift
 from pyro_blr.nn._noise import noise_numbers
-from pyro_blr.nn._settings import NO_DRAW, NO_GRADIENT, TWO_DRAWS, check_group, check_samples, check_seed
-from pyro_blr.nn._start import new_state
-from pyro_blr.nn._step import collect, take
+from pyro_blr.nn._ranks import sharded_like, world_size
+from pyro_blr.nn._settings import NO_DRAW, NO_GRADIENT, TWO_DRAWS, check_group, check_samples, check_seed, check_shared
+from pyro_blr.nn._step import begin, collect, take
 
 __all__ = ["BLROptimizer"]
 
@@ -64,6 +64,10 @@ class BLROptimizer(Optimizer):
     trust: no step moves a mean by more than `trust` standard deviations, nor a precision by more than that part; None is no limit.
     samples, antithetic: draws of the weights a step; in pairs m ± σ ε.
     seed: of the noise, a function of (seed, step, parameter) that is never stored; None takes one from torch's generator.
+    noise: among several processes, "shared" is the same in all, "own" another in each, averaged with the gradients.
+
+    Processes that torch.distributed joins are taken for one run on parts of the data, under DistributedDataParallel or with parameters
+    that fully_shard made: curvatures are averaged over them, and a step is skipped in all or in none.
     """
 
     _inside: bool
@@ -90,27 +94,15 @@ class BLROptimizer(Optimizer):
         samples: int = 1,
         antithetic: bool = False,
         seed: int | None = None,
+        noise: str = "shared",
     ) -> None:
+        group = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         check_seed(seed)
         check_samples(samples, antithetic)
-        group = {
-            "num_data": num_data,
-            "prior_precision": prior_precision,
-            "prior_mean": prior_mean,
-            "lr": lr,
-            "decay": decay,
-            "momentum": momentum,
-            "metric": metric,
-            "curvature": curvature,
-            "curvature_rate": curvature_rate,
-            "curvature_every": curvature_every,
-            "initial_curvature": initial_curvature,
-            "trust": trust,
-            "samples": samples,
-            "antithetic": antithetic,
+        group |= {
             "seed": int(torch.randint(2**62, ()).item()) if seed is None else seed,
             "draws": 0,
-            "turns": 0.0,
+            "turns": torch.zeros(()),
         }
         self._forget()
         super().__init__(params, group)
@@ -118,6 +110,11 @@ class BLROptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, with settings of their own where given; ValueError where one has no meaning."""
         check_group({**self.defaults, **param_group})
+        given = param_group["params"]
+        param_group["params"] = [given] if torch.is_tensor(given) else list(given)
+        check_shared(
+            {**self.defaults, **param_group}, (p[1] if isinstance(p, tuple) else p for p in param_group["params"])
+        )
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -133,6 +130,9 @@ class BLROptimizer(Optimizer):
             raise RuntimeError("step() was called inside sampled(), on drawn weights: leave the block first")
         try:
             loss = None if closure is None else self._draw(closure)
+            if closure is None and not self._pending and all(group["lr"] == 0 for group in self.param_groups):
+                self._begin(everywhere=True)  # what torch.distributed.checkpoint asks for, to load a state into
+                return None
             if closure is None and not (self._pending and self._has_gradient()):
                 raise RuntimeError(NO_DRAW)
             fault = self._evidence.fault(loss, [entry.parameter for _, entry in self._entries()])
@@ -190,7 +190,9 @@ class BLROptimizer(Optimizer):
         """σ = (N h + δ)^−½ of a parameter, in its shape; NaN where no step has reached it."""
         for group, entry in self._entries():
             if entry.parameter is parameter:
-                return Bucket(group, [entry]).scale()[0] if entry.state else torch.full_like(parameter, torch.nan)
+                with torch.no_grad():
+                    found = Bucket(group, [entry]).scale()[0] if entry.state else None
+                    return torch.full_like(parameter, torch.nan) if found is None else sharded_like(found, parameter)
         raise ValueError(
             "the tensor is no parameter of this optimizer that requires a gradient: pass one that it was made with"
         )
@@ -247,12 +249,12 @@ class BLROptimizer(Optimizer):
         return any(entry.parameter.grad is not None for _, entry in self._entries())
 
     @torch.no_grad()
-    def _begin(self) -> None:
-        """Before the draws of a step: states of parameters whose first curvature is given."""
+    def _begin(self, everywhere: bool = False) -> None:
+        """Before the draws of a step: states of parameters whose first curvature is given, or of all."""
         self._forget()
-        for group, entry in self._entries():
-            if group["initial_curvature"] is not None and not entry.state:
-                entry.state.update(new_state(entry.parameter, group["initial_curvature"]))
+        for group, entries in self._by_group():
+            if everywhere or group["initial_curvature"] is not None:
+                begin(group, [entry for entry in entries if not entry.state], group["initial_curvature"] or 0.0)
 
     @contextlib.contextmanager
     def _perturbed(self, number: int = 0, sign: float = 1.0, key: int | None = None) -> Iterator[None]:
@@ -275,9 +277,9 @@ class BLROptimizer(Optimizer):
             for _, entry in self._entries():
                 entry.parameter.grad = None
             with torch.enable_grad(), self._perturbed(number, sign):
-                loss = self._loss(closure())
+                loss = mean_loss(closure(), self._observe)
             total = total + loss / samples
-            if not math.isfinite(loss):
+            if not math.isfinite(loss) and world_size() == 1:
                 return total
             if not self._has_gradient():
                 raise RuntimeError(NO_GRADIENT)
@@ -285,16 +287,3 @@ class BLROptimizer(Optimizer):
                 for group, entries in self._by_group():
                     collect(group, entries, self._evidence, noise_numbers(group, number), sign, 1 / samples)
         return total
-
-    def _loss(self, result: Any) -> Any:
-        """The mean loss that a closure returned, or that of the distribution and labels which it returned, after backward."""
-        if result is None:
-            raise RuntimeError(NO_GRADIENT)
-        if not isinstance(result, tuple):
-            return result.detach() if torch.is_tensor(result) else result
-        distribution, labels = result
-        loss = -distribution.log_prob(labels).mean()
-        if math.isfinite(loss.detach()):
-            self._observe(distribution, loss)
-            loss.backward()
-        return loss.detach()
