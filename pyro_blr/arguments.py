@@ -23,7 +23,7 @@ from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.maps import compiled
 from pyro_blr.plans import Argument, FactorPlan
-from pyro_blr.tape import Latent, Ref
+from pyro_blr.tape import Latent, Node, Ref
 
 __all__ = ["Arguments", "Moments", "mean_leaf"]
 
@@ -154,7 +154,7 @@ class Arguments:
         logs = [moments[name]["log"] for name in names]
         if len(names) == 1 and self._is_leaf(argument):
             return logs[0].reshape(self.blocks[names[0]].sites[0].shape)
-        if len(names) == 1 and self._only_moves(argument):
+        if len(names) == 1 and self._only_moves(argument):  # no constant is among what it moves
             return self._at(argument, env, {names[0]: logs[0]})
 
         def log_argument(*exponents: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class Arguments:
         if argument.name not in self._moves:
             tape = self.graph.tape
             nodes = [tape.nodes[index] for index in tape.needed([argument.ref])]
-            self._moves[argument.name] = all(isinstance(n.function, Latent) or n.name in _MOVES for n in nodes)
+            self._moves[argument.name] = all(isinstance(n.function, Latent) or _only_moves(n) for n in nodes)
         return self._moves[argument.name]
 
     def _linear(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Linear:
@@ -347,6 +347,13 @@ def _differences(function: Callable[..., Tensor], points: list[Tensor], tangents
 
         parts.append(_differences(difference, points[:-1], tangents[:-1]))
     return torch.stack(parts, 1).flatten(0, 1)
+
+
+def _only_moves(node: Node) -> bool:
+    """Whether an operation only moves entries of what depends on latents about: a join must not bring constants in."""
+    if node.name in ("stack", "cat"):
+        return all(isinstance(part, Ref) for part in (*node.args, *node.kwargs.values())[0])
+    return node.name in _MOVES
 
 
 def _as_float(value: Any, env: Mapping[str, Tensor], role: type[Expectation]) -> Tensor:

@@ -249,6 +249,8 @@ class _Judge:
         except UNUSABLE as error:
             return _Finding(None, False, cause=f"it cannot be evaluated at other values: {error}")
         claimed = allowed_form(argument.role, block, structural) if structural is not None else None
+        if form is Form.PARTIAL and claimed is not Form.PARTIAL:
+            form = None  # where nothing moves the numbers are no evidence: the expression must say so
         if claimed is not None and form is not None:
             return _Finding(claimed, True, points)
         if form is not None and holds_for_other_data(self.probe, argument, block, form):

@@ -39,7 +39,7 @@ def allowed_form(role: type[Expectation], block: Block, kind: Kind) -> Form | No
             return Form.AFFINE
         return form if form in (Form.SELECTION, Form.AFFINE) else (Form.AFFINE if form is Form.COMPLEMENT else None)
     if role is Positive and isinstance(family, (Gamma, InverseGamma)):
-        power = 1.0 if form is Form.SELECTION else kind.power if form is Form.MONOMIAL else None
+        power = 1.0 if form is Form.SELECTION else kind.power if form in (Form.MONOMIAL, Form.PARTIAL) else None
         wanted = 1.0 if isinstance(family, Gamma) else -1.0
         return form if power == wanted else None
     if role is Probability and isinstance(family, Beta):
@@ -88,6 +88,8 @@ def numerical_at_all_states(probe: Probe, argument: Argument, block: Block) -> t
     for turn in probe.assignments(argument.ref):
         form, points = numerical_form(probe, argument, block)
         total += points
+        if {form, found} == {Form.MONOMIAL, Form.PARTIAL}:
+            form = found = Form.PARTIAL
         if form is None or (turn > 0 and form is not found):
             return None, total
         found = form
@@ -140,8 +142,9 @@ def _each_affine(probe: Probe, ref: Any, block: Block) -> bool:
 
 
 def _positive_form(probe: Probe, ref: Any, block: Block) -> Form | None:
-    """c x (c / x for an InverseGamma): linear in x^p, and log-affine with degree p."""
+    """c x (c / x for an InverseGamma): linear in x^p, and log-affine with degree p; PARTIAL where some outputs are constants."""
     power = 1.0 if isinstance(block.family, Gamma) else -1.0
+    still: Tensor | None = None  # outputs that do not move
     for _ in range(3):
         a, b = probe.point(block), probe.point(block)
         f_a, f_b = (probe.evaluate(ref, {block.name: x}) for x in (a, b))
@@ -156,9 +159,13 @@ def _positive_form(probe: Probe, ref: Any, block: Block) -> Form | None:
             if not bool((value > 0).all()) or not close(value.log(), (1 - t) * f_a.log() + t * f_b.log()):
                 return None
         for c in (1e-3, 1e3):
-            if not close(probe.evaluate(ref, {block.name: c * a}), c**power * f_a):
+            ratio = probe.evaluate(ref, {block.name: c * a}) / f_a
+            here = (ratio - 1).abs() < tolerance(ratio)
+            still = here if still is None else still
+            expected = torch.where(still, 1.0, torch.full_like(ratio, c**power))
+            if not torch.equal(here, still) or not bool(((ratio / expected - 1).abs() < tolerance(ratio)).all()):
                 return None
-    return Form.MONOMIAL
+    return Form.PARTIAL if still is not None and bool(still.any()) else Form.MONOMIAL
 
 
 def _probability_form(probe: Probe, ref: Any, block: Block) -> Form | None:

@@ -71,7 +71,7 @@ def compiled(
             return None
         ((name, form),) = argument.forms.items()
         mine = moments[name]
-        if argument.role is Positive:
+        if argument.role is Positive and form is not Form.PARTIAL:
             return _positive(name, function, mine, isinstance(blocks[name].family, InverseGamma))
         if argument.role is Probability:
             return _probability(name, form, function, mine["log"])

@@ -54,7 +54,8 @@ def other_optima(program: Program, naturals: Mapping[str, Tensor]) -> list[Resta
         for number in range(_affordable(program)):
             if search.is_done:
                 break
-            with contextlib.suppress(ImproperPosteriorError):
+            # where the model's density, or a matrix of it, has no value there is nothing to climb
+            with contextlib.suppress(ImproperPosteriorError, torch.linalg.LinAlgError):
                 search.from_start(_scattered(kept, number))
     return search.found
 

@@ -101,7 +101,7 @@ def statistic(draws: Draws, kind: Kind) -> tuple[Tensor, Tensor]:
 
 
 def is_elementwise(draws: Draws, kind: Kind, sort: Sort) -> bool:
-    """Every element is c times one element of the statistic: which, is the same at all draws."""
+    """Every element is c times one element of the statistic, or a constant if PARTIAL: which, is the same at all draws."""
     sites, values = statistic(draws, kind)
     flat = values.reshape(len(values), -1, 1)
     ratio = flat / sites[:, None, :]
@@ -112,6 +112,8 @@ def is_elementwise(draws: Draws, kind: Kind, sort: Sort) -> bool:
         expected = torch.full_like(expected, kind.coefficient)
     tolerance = 1e-7 * expected.abs() + 1e-12
     fits = ((ratio - expected).abs() <= tolerance).all(0).reshape(*values.shape[1:], -1)
+    if kind.form is Form.PARTIAL:
+        fits |= ((flat - flat[:1]).abs() <= 1e-8 * flat[:1].abs()).all(0).reshape(*values.shape[1:], 1)
     if not fits.any(-1).all():
         return False
     if kind.is_diagonal and not close(values.diagonal(dim1=-2, dim2=-1).diag_embed(), values):
@@ -349,10 +351,10 @@ AFFINES: list[tuple[str, Callable]] = [
     ("real positive", lambda z: z.diff()),
     ("real positive", lambda z: z[G] - z[H]),
     ("real positive", lambda z: z - z.mean()),
-    ("real positive", lambda z: torch.where(MASK, z, V)),
-    ("real positive", lambda z: torch.stack([z, V])),
+    ("real", lambda z: torch.where(MASK, z, V)),
+    ("real", lambda z: torch.stack([z, V])),
     ("real positive", lambda z: torch.cat([z, 1 - z])),
-    ("real positive", lambda z: written(z, torch.ones(4).double(), (0, 1), (2, 3))),
+    ("real", lambda z: written(z, torch.ones(4).double(), (0, 1), (2, 3))),
     ("real positive", lambda z: in_place(z, lambda x: x.add_(1))),
     ("real positive", lambda z: z.lerp(2 * z + 1, 0.3)),
     ("probability", lambda z: 2 - z),
@@ -454,6 +456,18 @@ OTHERS: list[tuple[str, Callable]] = [
     ("matrix", lambda z: torch.linalg.solve_triangular(z, EYE3, upper=False)),
 ]
 
+PARTIALS: list[tuple[str, float, Callable]] = [
+    ("positive", 1, lambda z: torch.where(MASK, z, V)),
+    ("positive", 1, lambda z: torch.stack([z, V])),
+    ("positive", 1, lambda z: torch.stack([z, V]).T[G]),
+    ("positive", 1, lambda z: written(z, torch.ones(4).double(), (0, 1), (2, 3))),
+    ("positive", 1, lambda z: 3 * torch.where(MASK, z[G[:4]], 2 * torch.cat([z[:2], V[:2]]))),
+    ("positive", -1, lambda z: V / torch.where(MASK, z, V)),
+    ("positive", -2, lambda z: torch.where(MASK, z, V) ** -2),
+    ("positive", 0.5, lambda z: torch.cat([z, V]).sqrt()),
+    ("positive", -0.5, lambda z: torch.where(MASK, z.rsqrt(), V)),
+]
+
 Row = tuple[Sort, Form, float, Callable]
 
 
@@ -466,7 +480,7 @@ def rows() -> list[Row]:
         (Form.OTHER, OTHERS),
     ):
         table += [(Sort(sort), form, 1.0, function) for sorts, function in entries for sort in sorts.split()]
-    for form, powered in ((Form.MONOMIAL, MONOMIALS), (Form.LOG, LOGS)):
+    for form, powered in ((Form.MONOMIAL, MONOMIALS), (Form.PARTIAL, PARTIALS), (Form.LOG, LOGS)):
         table += [(Sort(sort), form, power, function) for sorts, power, function in powered for sort in sorts.split()]
     return table + [(MATRIX, Form.MATRIX, power, function) for power, function in MATRICES]
 

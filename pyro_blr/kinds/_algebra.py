@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
-from pyro_blr.kinds._values import Form, Step, Value, common_trailing, shared_dims
+from pyro_blr.kinds._values import Form, Sort, Step, Value, common_trailing, shared_dims
 
 __all__ = [
     "add",
@@ -29,7 +29,7 @@ def select(step: Step, value: Value, kept: int, token: Hashable) -> Value:
     """Views and gathers: each element is one of `value`, whose last `kept` dims stay whole and in order."""
     if value.is_constant:
         return step.constant(value.coefficient)
-    if value.form in (Form.OTHER, Form.AFFINE):
+    if value.form in (Form.OTHER, Form.AFFINE, Form.PARTIAL):
         return replace(value, shape=step.shape, product=None)
     if value.form in (Form.MATRIX, Form.CHOLESKY):
         return replace(value, shape=step.shape, token=token) if kept >= 2 else step.linear(value)
@@ -100,6 +100,8 @@ def _times_constant(step: Step, value: Value, constant: Value) -> Value:
         coefficient = _both(value.coefficient, number, lambda x, y: x * y)
         unlabelled = replace(value, coefficient=None)  # not a selection any more, whole or not
         return step.monomial(broadcast(step, unlabelled), value.power, coefficient)
+    if value.form is Form.PARTIAL:
+        return broadcast(step, value)
     if value.form is Form.LOG and number is not None:
         return logarithm(step, power(step, exponential(step, broadcast(step, value)), number))
     if value.form is Form.COMPLEMENT and value.coefficient is not None and number is not None:
@@ -131,6 +133,8 @@ def power(step: Step, value: Value, exponent: float | None) -> Value:
             broadcast(step, value), value.power * exponent, _both(value.coefficient, exponent, _real_power)
         )
         return raised if exponent > 0 or raised.is_constant else replace(raised, is_diagonal=False)
+    if value.form is Form.PARTIAL and exponent is not None and exponent != 0:
+        return replace(broadcast(step, value), power=round(value.power * exponent, 12))
     return step.other()
 
 
@@ -199,6 +203,9 @@ def join(step: Step, parts: Sequence[Value], kept: int, token: Hashable) -> Valu
     if alike and (not numbers or (first.is_monomial and numbers == {0.0})):
         if first.form in (Form.MONOMIAL, Form.LOG, Form.COMPLEMENT):
             return _join_elements(step, live, kept, token, bool(numbers))
+    partial = all(part.form in (Form.MONOMIAL, Form.PARTIAL) and part.power == first.power for part in live)
+    if partial and step.sort is Sort.POSITIVE:
+        return Value(Form.PARTIAL, step.shape, power=first.power, operation=step.operation, source=step.source)
     return step.affine() if all(part.is_affine for part in live) else step.other()
 
 

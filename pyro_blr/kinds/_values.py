@@ -48,6 +48,7 @@ class Form(enum.Enum):
     SELECTION   every element is an element of z (SIMPLEX: every vector is a vector of z)
     COMPLEMENT  one minus a selection
     MONOMIAL    every element is c z_i^power, i and c its own (SIMPLEX: the vectors kept whole)
+    PARTIAL     every element is c z_i^power or a constant (sites of sort POSITIVE only)
     LOG         every element is c + power log z_i
     AFFINE      c + a linear map of z
     MATRIX      every matrix is a constant times A W^power Aᵀ, A square, power ±1, W a matrix of z
@@ -59,6 +60,7 @@ class Form(enum.Enum):
     SELECTION = "selection"
     COMPLEMENT = "complement"
     MONOMIAL = "monomial"
+    PARTIAL = "partial"
     LOG = "log"
     AFFINE = "affine"
     MATRIX = "matrix"
@@ -87,7 +89,7 @@ class Kind:
     @property
     def is_affine(self) -> bool:
         """Whether the expression is a constant plus a linear map of the site."""
-        if self.form in (Form.MONOMIAL, Form.MATRIX):
+        if self.form in (Form.MONOMIAL, Form.PARTIAL, Form.MATRIX):
             return self.power == 1
         return self.form in (Form.CONSTANT, Form.SELECTION, Form.COMPLEMENT, Form.AFFINE)
 
@@ -146,7 +148,7 @@ class Value:
 
     @property
     def is_affine(self) -> bool:
-        if self.form in (Form.MONOMIAL, Form.MATRIX):
+        if self.form in (Form.MONOMIAL, Form.PARTIAL, Form.MATRIX):
             return self.power == 1
         return self.form in (Form.COMPLEMENT, Form.AFFINE)
 
