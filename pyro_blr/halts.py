@@ -97,6 +97,7 @@ class Place:
     before: Beliefs | None = None  # q where the level began
     optima: Optima = field(default_factory=Optima)
     tol: float = 0.0  # of the present climb
+    is_rough: bool = True  # the present climb by quadrature
     halt: Halt | None = None
     factor: float = math.inf  # of the climb before
     centre: Beliefs | None = None  # where Newton's method began, during the first climb

@@ -17,7 +17,7 @@ from pyro_blr.families import LogNormal
 from pyro_blr.graph import FactorGraph
 from pyro_blr.maps import compiled
 from pyro_blr.plans import Argument, FactorPlan
-from pyro_blr.quadrature import Integrals, LogFactor, gaussian_expectation, gaussian_integrals
+from pyro_blr.quadrature import TOLERANCE, Integrals, LogFactor, gaussian_expectation, gaussian_integrals
 from pyro_blr.rows import RowMoments
 from pyro_blr.shapes import broadcast_shape
 from pyro_blr.tape import Ref
@@ -97,7 +97,8 @@ class FactorIntegral:
         self.device = blocks[plan.integrated[0]].device
         self._rows: RowsBelow | None = None
         self.error: float | None = None  # of E log f in nats, when it was last integrated
-        self._last: tuple[Tensor, Tensor, Integrals] | None = None
+        self.tolerance = TOLERANCE
+        self._last: tuple[Tensor, Tensor, float, Integrals] | None = None
         self._afresh: Callable[[], Tensor] | None = None  # the last E log f over other random points
 
     def __call__(self, moments: Moments, env: Mapping[str, Tensor]) -> Tensor:
@@ -110,7 +111,7 @@ class FactorIntegral:
             found = self._integrals(mean.detach(), covariance.detach(), shape, env)
             return gaussian_expectation(found, mean, covariance).reshape(shape)
         parts = [self.predictors.moments(p.argument, env, moments) for p in self.cut.predictors]
-        shape = broadcast_shape(self.made.batch_shape, *(mean.shape for mean, _ in parts))
+        shape = broadcast_shape(self.made.batch_shape, *(mean.shape for mean, _ in parts), *self._states(env))
         mean = torch.stack([m.expand(shape).flatten() for m, _ in parts], -1)
         variances = [v.expand(shape).flatten() for _, v in parts]
         if self.cut.joint is None:
@@ -124,17 +125,23 @@ class FactorIntegral:
         found = self._integrals(mean.detach(), covariance.detach(), torch.Size(shape), env)
         return gaussian_expectation(found, mean, covariance).reshape(shape)
 
+    def _states(self, env: Mapping[str, Tensor]) -> list[torch.Size]:
+        """The dims of discrete sites, which may enter below the predictors only."""
+        sites = [site for name in self.plan.enumerated for site in self.predictors.blocks[name].sites]
+        return [env[site.name].shape[: env[site.name].dim() - site.distribution.event_dim] for site in sites]
+
     def _integrals(self, mean: Tensor, covariance: Tensor, shape: torch.Size, env: Mapping[str, Tensor]) -> Integrals:
         last = self._last
         if last is not None and torch.equal(last[0], mean) and torch.equal(last[1], covariance):
-            return last[2]
+            if last[2] <= self.tolerance:
+                return last[3]
         if self.rows is not None:
             function = self._of_rows(env, self.mask(shape, env))
             found = random_integrals(function, mean, covariance, shape, self.points)
             self._afresh = lambda: random_values(function, mean, covariance, shape, FRESH * self.points)
         else:
-            found = gaussian_integrals(self._function(shape, env), mean, covariance)
-        self._last = mean, covariance, found
+            found = gaussian_integrals(self._function(shape, env), mean, covariance, self.tolerance)
+        self._last = mean, covariance, self.tolerance, found
         self.error = found.total_error
         return found
 
@@ -144,8 +151,8 @@ class FactorIntegral:
 
     @property
     def noise(self) -> float:
-        """Nats by which derivatives may disagree with differences of values: they are averages of their own at random points."""
-        return self.error or 0.0 if self.rows is not None else 0.0
+        """Nats by which derivatives may disagree with differences of values: rough ones, or averages of their own at random points."""
+        return self.error or 0.0 if self.rows is not None or self.tolerance > TOLERANCE else 0.0
 
     def saved(self) -> Callable[[], None]:
         """What puts points and errors back as they are now."""
@@ -161,7 +168,7 @@ class FactorIntegral:
         if self._afresh is None or self._last is None:
             return False
         # q has been fitted to its points, both sets of them: only others, and more of them, tell the error
-        apart = self._afresh() - self._last[2].value
+        apart = self._afresh() - self._last[3].value
         self.error = float(apart.sum().abs() + apart.norm())  # what the sum shows, and what it may hide by chance
         more = 4 * self.points * self.made.batch_shape.numel() * self.cut.numbers**2
         if self.error <= ENOUGH or self.points >= MOST_POINTS or more > WORK:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from pyro_blr.replays import Replays
 from pyro_blr.tape import Ref
 
 __all__ = ["Messages"]
+
+ROUGH = 1e-5  # of the average magnitude of the rows: quadrature on the way to an optimum
 
 
 @dataclass
@@ -75,6 +78,19 @@ class Messages:
     def refine(self) -> bool:
         """More random points from now on where that is worth while; whether it is anywhere."""
         return any([integral.refine() for integral in self._integrals])
+
+    @contextlib.contextmanager
+    def rough(self) -> Iterator[None]:
+        """Quadrature to `ROUGH` inside: wide q, far from any optimum, costs many times what q at the optimum does."""
+        integrals = self._integrals
+        before = [integral.tolerance for integral in integrals]
+        for integral in integrals:
+            integral.tolerance = max(integral.tolerance, ROUGH)
+        try:
+            yield
+        finally:
+            for integral, tolerance in zip(integrals, before, strict=True):
+                integral.tolerance = tolerance
 
     def saved(self) -> list[Callable[[], None]]:
         """What puts the integrals' points and errors back as they are now."""

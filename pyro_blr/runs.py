@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = ["Run", "is_stochastic"]
 CALM_SWEEPS = 10  # consecutive sweeps that the remaining gain must stay small for
 ENOUGH = 4096  # draws, beyond which only the error of a mean or sd asks for more, not that of the bound
 CLIMB = 5e-5  # nats that a climb on fixed draws may end from its optimum: 0.01 sd of one mean
+NEAR = 1e-4  # nats from the optimum, as rough quadrature sees it, from where on fine quadrature goes on
 LEVEL_STEPS = 100  # sweeps at most on every level
 
 
@@ -178,15 +180,20 @@ class Run:
     # -- quadrature ------------------------------------------------------------------------------------------
 
     def _integrated(self) -> None:
-        """Newton-like steps on a bound without noise, from a mode."""
+        """Newton-like steps on a bound without noise, from a mode: roughly integrated until they are near its optimum."""
         self._start()
-        tol = min(self.tol, 1e-6)
+        tol, messages = min(self.tol, 1e-6), self.program.messages
         while True:  # climbs on few random points go as far as these can tell
             if self.place.halt is None:
-                self.place = replace(self.place, tol=max(tol, 0.01 * self.program.messages.quadrature_noise))
+                least = NEAR if self.place.is_rough else tol
+                self.place = replace(self.place, tol=max(tol, least, 0.01 * messages.quadrature_noise))
             place, limit = self.place, self._limit()
-            climbed = climb_from_the_better(self.ascent, place.centre, place.tol, limit, self._tick, place.halt)
-            if not climbed.converged or self.num_steps >= self.max_steps or not self.program.messages.refine():
+            with messages.rough() if place.is_rough else contextlib.nullcontext():
+                climbed = climb_from_the_better(self.ascent, place.centre, place.tol, limit, self._tick, place.halt)
+            if place.is_rough and self.num_steps < self.max_steps:
+                self.place = replace(self.place, is_rough=False, halt=None, centre=None)
+                continue
+            if not climbed.converged or self.num_steps >= self.max_steps or not messages.refine():
                 break
             self.place = replace(self.place, halt=None, centre=None)
         if climbed.converged:
@@ -203,7 +210,8 @@ class Run:
         seed = 0 if self.program.is_deterministic else fresh_seed()
         centre = self.ascent.beliefs.copy() if self.first_step == 0 else None
         if self.first_step == 0:
-            newton_start(self.ascent)
+            with self.program.messages.rough():
+                newton_start(self.ascent)
         self.place = replace(self.place, has_started=True, seed=seed, before=self.ascent.beliefs, centre=centre)
 
     def _limit(self) -> int:

@@ -49,7 +49,7 @@ def other_optima(program: Program, naturals: Mapping[str, Tensor]) -> list[Resta
     kept = Ascent(program, Beliefs(program.blocks, naturals))
     if kept.bound_kind == "exact evidence" or program.is_subsampled or program.graph.params:
         return []
-    with isolated_random_state(0):
+    with isolated_random_state(0), program.messages.rough():
         search = _Search(kept)
         for number in range(_affordable(program)):
             if search.is_done:

@@ -146,3 +146,23 @@ def test_a_parameter_beside_a_location_has_no_variance() -> None:
     engine.step()
     evidence = dist.Normal(0.0, 2**0.5).log_prob(data[0]) + dist.Normal(3.0, 1.0).log_prob(data[1])
     assert -engine.evaluate_loss() == pytest.approx(float(evidence), abs=1e-9)
+
+
+def test_states_that_enter_below_the_predictors() -> None:
+    """Two predictors, and the states choose between them after the transform: the bound by draws of q, written out."""
+    data = counts()
+
+    def model() -> None:
+        early, late = pyro.sample("early", dist.HalfNormal(2.0)), pyro.sample("late", dist.HalfNormal(2.0))
+        tau = pyro.sample("tau", dist.Categorical(torch.ones(30) / 30))
+        with pyro.plate("times", 30):
+            pyro.sample("data", dist.Poisson(by_where(tau, early, late)), obs=data)
+
+    posterior, explanation = fit(model)
+    assert not any(verdict.how == "Monte Carlo" for verdict in explanation.verdicts)
+    draws = posterior.sample((50_000,))
+    rates, tau = torch.stack([draws["early"], draws["late"]], -1), draws["tau"]
+    rate = torch.where(TIMES < tau[:, None], rates[:, :1], rates[:, 1:])
+    joint = dist.Poisson(rate).log_prob(data).sum(-1) + dist.HalfNormal(2.0).log_prob(rates).sum(-1)
+    values = joint - torch.tensor(30.0).log() - posterior.log_prob(draws)
+    assert abs(float(values.mean()) - posterior.elbo) < 4 * float(values.std()) / 50_000**0.5
