@@ -9,7 +9,15 @@ from pyro_blr.nn.evaluation import (
     predictive_log_probs,
     regression_scores,
 )
-from pyro_blr.nn.heads import BernoulliHead, CategoricalHead, GaussianHead, HeadPrediction, OneVsEachHead
+from pyro_blr.nn.heads import (
+    BernoulliHead,
+    CategoricalHead,
+    GaussianHead,
+    HeadPrediction,
+    OneVsEachHead,
+    PretrainedHead,
+    bayesian_head,
+)
 from pyro_blr.nn.modules import BayesianModule, bayesian
 from pyro_blr.nn.optimizer import BLROptimizer
 from pyro_blr.nn.predictions import predict
@@ -23,9 +31,11 @@ __all__ = [
     "GaussianHead",
     "HeadPrediction",
     "OneVsEachHead",
+    "PretrainedHead",
     "Prior",
     "RegressionScores",
     "bayesian",
+    "bayesian_head",
     "classification_scores",
     "out_of_distribution_auroc",
     "predict",

@@ -6,5 +6,15 @@ from pyro_blr.nn.heads.bernoulli import BernoulliHead
 from pyro_blr.nn.heads.categorical import CategoricalHead
 from pyro_blr.nn.heads.gaussian import GaussianHead
 from pyro_blr.nn.heads.one_vs_each import OneVsEachHead
+from pyro_blr.nn.heads.pretrained import PretrainedHead, bayesian_head
 
-__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "HeadPrediction", "OneVsEachHead", "PolyaGammaHead"]
+__all__ = [
+    "BernoulliHead",
+    "CategoricalHead",
+    "GaussianHead",
+    "HeadPrediction",
+    "OneVsEachHead",
+    "PolyaGammaHead",
+    "PretrainedHead",
+    "bayesian_head",
+]
