@@ -11,8 +11,9 @@ import torch
 from pyro_blr.blocks import Block
 from pyro_blr.cuts import Moved, Sum, refs_of
 from pyro_blr.families import LogNormal, TransformedNormal
-from pyro_blr.forms import UNUSABLE, mixed_dims
+from pyro_blr.forms import UNUSABLE
 from pyro_blr.graph import FactorGraph
+from pyro_blr.interactions import mixed_dims
 from pyro_blr.kinds import Form, Judge, Sort
 from pyro_blr.likelihoods import Linear
 from pyro_blr.plans import Argument

@@ -23,15 +23,9 @@ from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.maps import compiled
 from pyro_blr.plans import Argument, FactorPlan
-from pyro_blr.tape import Latent, Node, Ref
+from pyro_blr.tape import Latent, Ref
 
 __all__ = ["Arguments", "Moments", "mean_leaf"]
-
-_MOVES = frozenset(
-    "getitem expand expand_as broadcast_tensors broadcast_to reshape view view_as flatten unflatten squeeze unsqueeze permute "
-    "transpose movedim moveaxis swapaxes swapdims t T mT contiguous clone identity index_select gather take_along_dim unbind "
-    "chunk split flip roll stack cat".split()
-)
 
 Moments = Mapping[str, Mapping[str, Tensor]]
 
@@ -226,9 +220,7 @@ class Arguments:
     def _only_moves(self, argument: Argument) -> bool:
         """Whether the expression only moves entries about, so that it commutes with every elementwise function."""
         if argument.name not in self._moves:
-            tape = self.graph.tape
-            nodes = [tape.nodes[index] for index in tape.needed([argument.ref])]
-            self._moves[argument.name] = all(isinstance(n.function, Latent) or _only_moves(n) for n in nodes)
+            self._moves[argument.name] = self.graph.tape.only_moves(argument.ref)
         return self._moves[argument.name]
 
     def _linear(self, argument: Argument, env: Mapping[str, Tensor], moments: Moments) -> Linear:
@@ -347,13 +339,6 @@ def _differences(function: Callable[..., Tensor], points: list[Tensor], tangents
 
         parts.append(_differences(difference, points[:-1], tangents[:-1]))
     return torch.stack(parts, 1).flatten(0, 1)
-
-
-def _only_moves(node: Node) -> bool:
-    """Whether an operation only moves entries of what depends on latents about: a join must not bring constants in."""
-    if node.name in ("stack", "cat"):
-        return all(isinstance(part, Ref) for part in (*node.args, *node.kwargs.values())[0])
-    return node.name in _MOVES
 
 
 def _as_float(value: Any, env: Mapping[str, Tensor], role: type[Expectation]) -> Tensor:

@@ -23,11 +23,10 @@ from pyro_blr.forms import (
     allowed_form,
     holds_for_other_data,
     is_jointly_affine,
-    mixed_dims,
     numerical_at_all_states,
-    products_of,
 )
 from pyro_blr.graph import Factor, FactorGraph
+from pyro_blr.interactions import mixed_dims, products_of
 from pyro_blr.kinds import Form, Judge, Kind, Sort
 from pyro_blr.likelihoods import Likelihood, Linear, Vector, likelihood_of
 from pyro_blr.likeness import Alike

@@ -17,6 +17,13 @@ from pyro_blr.vocabulary import function_name
 __all__ = ["Departure", "Input", "Latent", "Node", "Ref", "Tape", "refs_in"]
 
 
+_MOVES = frozenset(
+    "getitem expand expand_as broadcast_tensors broadcast_to reshape view view_as flatten unflatten squeeze unsqueeze permute "
+    "transpose movedim moveaxis swapaxes swapdims t T mT contiguous clone identity index_select gather take_along_dim unbind "
+    "chunk split flip roll stack cat".split()
+)
+
+
 @dataclass(frozen=True)
 class Ref:
     """The value of node `index` of a tape."""
@@ -191,6 +198,11 @@ class Tape:
                 return self.design_matrix(node.args[1], latent)
         return None
 
+    def only_moves(self, ref: Any) -> bool:
+        """Whether an expression only moves entries of latents about, no constant among them, so that it commutes with every
+        elementwise function."""
+        return all(_only_moves(self.nodes[index]) for index in self.needed([ref]))
+
     def structure(self, outputs: Sequence[Any]) -> tuple:
         """A hashable description of how `outputs` are computed: everything but the values of the inputs."""
         rows = []
@@ -216,6 +228,12 @@ class Tape:
                 self._describe(skeleton.step),
             )
         return repr(skeleton) if getattr(type(skeleton), "__hash__", None) is None else skeleton
+
+
+def _only_moves(node: Node) -> bool:
+    if node.name in ("stack", "cat"):
+        return all(isinstance(part, Ref) for part in (*node.args, *node.kwargs.values())[0])
+    return isinstance(node.function, Latent) or node.name in _MOVES
 
 
 def _stable(function: Callable) -> Any:

@@ -63,6 +63,7 @@ LAYERS = [
     "probe",
     "plans",
     "forms",
+    "interactions",
     "excuses",
     "reasons",
     "remedies",
