@@ -148,6 +148,12 @@ class FactorAverage:
         }
         return {**narrow, **{name: moments[name] for name in self.plan.integrated}}
 
+    def expected(self, argument: str, moments: Moments) -> Expectation:
+        """One argument of the factor under q, where it is in closed form."""
+        moments = self._in_model_precision(moments)
+        found = next(one for one in self.plan.arguments if one.name == argument)
+        return self.arguments.expectation(found, self._environment(moments, {}), moments)
+
     def elementwise(self, moments: Moments, samples: Mapping[str, Tensor]) -> Tensor:
         """s_f E[log f | enumerated states], shape (states..., *batch of the factor)."""
         env = self._environment(moments, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -18,8 +19,9 @@ from pyro_blr.diagnostics import linear_response
 from pyro_blr.explain import Explanation
 from pyro_blr.gradients import GuideFit, OrdinaryGradients, ParameterUpdate, reason_of
 from pyro_blr.guides import AutoExponentialFamily
-from pyro_blr.interrupts import patient, patiently, uninterrupted
+from pyro_blr.interrupts import patient, uninterrupted
 from pyro_blr.mixed import guide_fit
+from pyro_blr.own_fits import Listening, OwnFit, adopting
 from pyro_blr.posterior import Posterior
 from pyro_blr.program import Program, Programs
 from pyro_blr.requests import (
@@ -87,10 +89,11 @@ class BLRInference:
         self.guide, self._q = guide, guide
         if isinstance(guide, AutoExponentialFamily):
             self._programs: Programs | None = Programs(model, guide.factorisation)
+            self._listening: Any = Listening()
         else:
             check_callable_guide(guide)
             refuse_without_blocks(blocks, init, init_loc_fn)
-            self._programs = None  # the guide is read at the first call
+            self._programs, self._listening = None, nullcontext()  # the guide is read at the first call
         self._parameters = ParameterUpdate(model, optim)
         self._compiled = CompiledSteps(compile)
         self._points: dict[str, dict[str, Tensor]] = {}
@@ -108,7 +111,7 @@ class BLRInference:
 
     # -- SVI's face ---------------------------------------------------------------------------------------------------
 
-    @patiently
+    @adopting
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One sweep over all blocks; returns minus the ELBO before it, as `SVI.step` does."""
         ordinary = self._settle(args, kwargs)
@@ -152,7 +155,7 @@ class BLRInference:
         if run.converged:
             self._settled, self._outcome = program, run.outcome()
 
-    @patiently
+    @adopting
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Minus the ELBO; changes nothing."""
         ordinary = self._settle(args, kwargs)
@@ -161,7 +164,7 @@ class BLRInference:
         with NothingKept(self):
             return -self._ascent(self._program(args, kwargs)).bound_before()
 
-    @patiently
+    @adopting
     def run(
         self,
         *args: Any,
@@ -200,7 +203,7 @@ class BLRInference:
         first, given = self._num_steps, self._given(program)
         return Run(self._ascent(program), first_step=first, given=given, **options)
 
-    @patiently
+    @adopting
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Which (factor, site) pairs are exact, how, and why the others are not; leaves torch's generator untouched."""
         ordinary = self._settle(args, kwargs)
@@ -254,9 +257,16 @@ class BLRInference:
             self._bound = self._settled = self._attempts = None
         return self._ordinary
 
+    def adopt(self, found: OwnFit) -> None:
+        """A statement of the model brings the fit of all of it, which follows λ in a way of its own."""
+        options = {"strict": self.strict, "init": self._init, "init_loc_fn": self._init_loc_fn}
+        self._ordinary, self._programs = found.make(self.model, self.guide, self.optim, self.loss, **options), None
+        self._compiled.refuse(str(found))
+
     def _program(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         assert self._programs is not None
-        program = self._programs.run(args, kwargs)
+        with self._listening:
+            program = self._programs.run(args, kwargs)
         self._call = (args, dict(kwargs))
         if self._ready and program is self._seen:
             return program

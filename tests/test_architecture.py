@@ -139,6 +139,7 @@ LAYERS = [
     "transactions",
     "attempts",
     "compilation",
+    "own_fits",
     "inference",
     "nn",
     "distributed",

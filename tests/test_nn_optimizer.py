@@ -608,3 +608,14 @@ def test_a_prior_for_each_parameter_is_a_group_for_each() -> None:
 def test_a_negative_prior_precision_in_a_list_is_refused() -> None:
     with pytest.raises(ValueError, match="prior_precision is -1"):
         BLROptimizer([{"params": [torch.zeros(1, requires_grad=True)], "prior_precision": [-1.0]}], num_data=1)
+
+
+def test_draws_inside_one_region_of_autocast_are_not_the_weights_of_before() -> None:
+    """autocast keeps what it has cast until its region ends, also where the weight was written into since."""
+    layer, x = torch.nn.Linear(3, 1).float(), torch.randn(5, 3, dtype=torch.float32)
+    optimizer = BLROptimizer(layer.parameters(), num_data=5, initial_curvature=1e-3, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        at_mean = layer(x)
+        with optimizer.sampled():
+            assert not torch.equal(layer(x), at_mean)
+        assert torch.equal(layer(x), at_mean)

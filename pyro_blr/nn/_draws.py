@@ -32,10 +32,12 @@ def perturbed(
                 done.append(bucket)
                 numbers = noise_numbers(group, number) if key is None else (key,)
                 bucket.perturb(bucket.noise(*numbers), sign)
+        torch.clear_autocast_cache()  # which holds weights of before in fewer digits
         yield
     finally:
         for bucket in done:
             bucket.restore()
+        torch.clear_autocast_cache()
 
 
 def mean_loss(result: Any, observe: Callable[[Distribution, Tensor], None]) -> Any:

@@ -12,7 +12,7 @@ import torch
 from pyro_blr.nn._buckets import Bucket, Entry
 from pyro_blr.nn._ranks import mean_over
 
-__all__ = ["drift", "note", "warn_of_drift"]
+__all__ = ["SETTLED", "drift", "note", "warn_of_drift"]
 
 # Of a standard deviation: what a posterior may still change by without a word.
 SETTLED = 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -15,14 +15,16 @@ from torch.func import functional_call, vmap
 from torch.nn import Module
 
 from pyro_blr.nn._exposed import Expose, Exposed, plain_module
+from pyro_blr.nn._fit import NetworkFit
 from pyro_blr.nn._priors import Assigned, PriorLike, assign, laid_out
+from pyro_blr.own_fits import ANNOUNCEMENT
 
 __all__ = ["BayesianModule", "DrawnModule", "bayesian"]
 
-STATEMENT = "blr_network"  # the type of Pyro message by which a network announces its site
 
-
-def bayesian(module: Module, prior: PriorLike = 1.0, expose: Expose = None, *, name: str = "network") -> BayesianModule:
+def bayesian(
+    module: Module, prior: PriorLike = 1.0, expose: Expose = None, *, name: str = "network", **settings: Any
+) -> BayesianModule:
     """θ ~ N(m₀, diag(1/δ)), f(x) = module(x) at θ: a network for Pyro models, the module itself left as it is.
 
         network = bayesian(torch.nn.Linear(3, 1), prior=1.0)
@@ -38,10 +40,11 @@ def bayesian(module: Module, prior: PriorLike = 1.0, expose: Expose = None, *, n
     expose: which parameters are random: a pattern of names, several, a function of (name, parameter), or None for all that require a
         gradient. Others that require one are learned as points: `pyro.param`s called `<name>.<parameter>`.
     name: of the sample site, a vector of all exposed elements.
+    settings: `BLROptimizer`'s, for steps of `BLRInference` (lr, momentum, curvature, samples, seed, ...); nothing has to be said.
 
     Raises ValueError where nothing is exposed, and for a prior that is none.
     """
-    return BayesianModule(module, prior, expose, name)
+    return BayesianModule(module, prior, expose, name, settings)
 
 
 class BayesianModule:
@@ -51,12 +54,13 @@ class BayesianModule:
     compile, save, or set to `eval()`.
     """
 
-    def __init__(self, module: Module, prior: PriorLike, expose: Expose, name: str):
+    def __init__(self, module: Module, prior: PriorLike, expose: Expose, name: str, settings: Mapping[str, Any]):
         if not isinstance(module, Module):
             raise TypeError(f"module: found {type(module).__name__}, expected a torch.nn.Module")
-        self.module, self.name, self.prior = module, name, prior
+        self.module, self.name, self.prior, self.settings = module, name, prior, dict(settings)
         self.exposed = Exposed(module, expose)
-        assign([prior], self.exposed.parameters)  # says now what is wrong with it
+        found = assign([prior], self.exposed.parameters)  # says now what is wrong with it
+        self._fixed = found if all(group.prior.is_number for group in found) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output at weights drawn by a sample statement of their own; for several calls at one draw, `sample`."""
@@ -78,6 +82,8 @@ class BayesianModule:
 
     def assigned(self, prior: PriorLike | None = None) -> list[Assigned]:
         """Every exposed parameter with its prior."""
+        if prior is None and self._fixed is not None:
+            return self._fixed
         return assign([prior, self.prior], self.exposed.parameters)
 
     def _distribution(self, prior: PriorLike | None, plates: torch.Size) -> Any:
@@ -138,7 +144,7 @@ class DrawnModule:
 def _announced(network: BayesianModule, prior: PriorLike | None) -> Any:
     """The message by which handlers may take the site over: `value`, where one did, is what is called instead of the module."""
     message: Any = {
-        "type": STATEMENT,
+        "type": ANNOUNCEMENT,
         "name": network.name,
         "fn": lambda: None,
         "is_observed": False,
@@ -151,7 +157,7 @@ def _announced(network: BayesianModule, prior: PriorLike | None) -> Any:
         "done": False,
         "stop": False,
         "continuation": None,
-        "infer": {"network": network, "prior": prior},
+        "infer": {"fit": NetworkFit, "network": network, "prior": prior},
     }
     apply_stack(message)
     return message
