@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_blr.bindings import replayed
+from pyro_blr.shortcuts import take_shortcuts
 
 __all__ = ["flattened", "lowered"]
 
@@ -39,6 +40,8 @@ def flattened(function: Callable[..., Any], example: Sequence[Tensor]) -> fx.Gra
     _refuse_writes(module)
     _simplify(module)
     _remove_identities(module)
+    _fold_constants(module)
+    take_shortcuts(module)
     _fold_constants(module)
     _merge_equal(module)
     _shorten_finiteness(module)
@@ -119,7 +122,7 @@ def _draws(node: fx.Node) -> bool:
 
 
 def _replace_by_constant(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-    name = f"_folded_{len(values)}"
+    name = f"_folded_{node.name}"
     module.register_buffer(name, values[node], persistent=False)
     with module.graph.inserting_before(node):
         constant = module.graph.get_attr(name)

@@ -34,6 +34,12 @@ def _inverse_root(x: float) -> float:
     return 1.0 / math.sqrt(x)
 
 
+def _digamma(x: float) -> float:
+    return torch.digamma(torch.scalar_tensor(x, dtype=torch.float64, device=_CPU)).item()
+
+
+_CPU = torch.device("cpu")
+
 ON_NUMBERS: dict[Any, Callable] = {
     _aten.add.Tensor: operator.add,
     _aten.sub.Tensor: operator.sub,
@@ -52,6 +58,7 @@ ON_NUMBERS: dict[Any, Callable] = {
     _aten.log1p.default: math.log1p,
     _aten.exp.default: math.exp,
     _aten.lgamma.default: math.lgamma,
+    _aten.digamma.default: _digamma,
     _aten.where.self: _selected,
     _aten.bitwise_and.Tensor: operator.and_,
     _aten.logical_and.default: operator.and_,

@@ -44,6 +44,7 @@ _MOVES = {  # they only say where elements go, so they are run on the elements' 
     _aten.select_backward.default,
     _aten.slice_backward.default,
 }
+_NEUTRAL = {operator.mul: 1.0, operator.truediv: 1.0, operator.add: 0.0, operator.sub: 0.0}
 _TAKES_NUMBERS = {_aten.mul.Tensor, _aten.add.Tensor}
 
 
@@ -190,10 +191,17 @@ class _Unrolling:
         return _places(made).reshape(shape)
 
     def _made(self, rule: Callable, operands: list[Any], example: Any) -> int:
-        """The place of the number that a rule makes of others."""
-        if rule is operator.mul and any(type(each) is float and each == 1.0 for each in operands):
-            first, second = operands
-            return self._place(second if type(first) is float and first == 1.0 else first)
+        """The place of the number that a rule makes of others; of constants it is made now."""
+        if not any(isinstance(each, fx.Node) for each in operands):
+            try:
+                return self._place(rule(*operands))
+            except (ArithmeticError, ValueError):
+                pass  # at every call, then
+        neutral = _NEUTRAL.get(rule)
+        if neutral is not None and operands[1] == neutral:
+            return self._place(operands[0])
+        if rule in (operator.mul, operator.add) and operands[0] == neutral:
+            return self._place(operands[1])
         made = self.graph.call_function(rule, tuple(operands))
         made.meta["example"] = example
         return self._place(made)

@@ -39,6 +39,7 @@ LAYERS = [
     "cubature",
     "rules",
     "stopping",
+    "shortcuts",
     "scalars",
     "unrolling",
     "bindings",

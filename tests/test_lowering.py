@@ -65,6 +65,29 @@ def forms(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def shorter(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Lookups and additions by indexing, expansions before products, matrices times one column, sums with what is negative."""
+    order, back, matrix = torch.arange(3, 6), torch.tensor([5, 2, 2]), torch.outer(y, y)
+    added = (back,), y[:3] * 2, True
+    return (
+        *(x[order], x[back], matrix[back], matrix.reshape(-1)[back], x[torch.tensor([-1, 2])]),
+        *(
+            x.index_put(*added),
+            torch.zeros_like(x).index_put(*added),
+            torch.zeros_like(x).index_put((order,), y[:3], True),
+        ),
+        *(matrix.index_put((back,), matrix[1:4], True), x.index_put((back,), y[0], True)),
+        *(
+            x[0].expand(9, 9) * matrix,
+            matrix / y[:1].expand(9, 9),
+            matrix - y.expand(9, 9),
+            y.float().expand(9, 9) * matrix,
+        ),
+        *((matrix @ x.unsqueeze(-1)).squeeze(-1), (matrix[:1] @ x.unsqueeze(-1)).squeeze(0)),
+        *(x + -y, -x + y, matrix + -y, x[0] + -y[0]),
+    )
+
+
 def numbers(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """A few numbers, in and out of vectors: arithmetic, comparisons, what goes where, sums, zeros that are filled in."""
     a, b, pair = x[0], y[1] - 0.5, x[2:4]
@@ -97,7 +120,7 @@ def ends_of_numbers(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-@pytest.mark.parametrize("function", [gradient, pieces, forms, numbers, ends_of_numbers])
+@pytest.mark.parametrize("function", [gradient, pieces, forms, shorter, numbers, ends_of_numbers])
 def test_replay_is_the_function(function: Callable) -> None:
     generator = torch.Generator().manual_seed(0)
     example, *others = (torch.rand(2, 9, generator=generator, dtype=torch.float64) for _ in range(4))
@@ -126,7 +149,7 @@ def test_numbers_need_no_tensors() -> None:
     assert [target for target in called if target not in PYTHON] == [torch.tensor]
 
 
-PYTHON = {operator.add, operator.neg, operator.mul, operator.truediv, operator.getitem, math.log}
+PYTHON = {operator.add, operator.sub, operator.neg, operator.mul, operator.truediv, operator.getitem, math.log}
 
 
 def test_numbers_of_single_precision() -> None:
