@@ -8,7 +8,7 @@ from pyro_blr.graph import FactorGraph
 from pyro_blr.likelihoods import Linear, Vector
 from pyro_blr.plans import FactorPlan
 
-__all__ = ["across_scales", "in_location"]
+__all__ = ["across_scales", "different_precisions", "in_location"]
 
 _SCALES = (  # constraints of arguments that say how wide a distribution is
     constraints.positive,
@@ -38,3 +38,12 @@ def across_scales(graph: FactorGraph, plan: FactorPlan) -> set[frozenset[str]]:
     for name, ref in made.arguments.items() if made is not None else ():
         (scales if constraint_of.get(name) in _SCALES else others).update(latents_of(ref))
     return {frozenset((a, b)) for a in scales - others for b in others}
+
+
+def different_precisions(graph: FactorGraph, a: str, b: str) -> str:
+    """Why the dtypes of two sites keep them apart; empty where they do not."""
+    one, other = graph.sites[a], graph.sites[b]
+    if one.dtype == other.dtype:
+        return ""
+    said = " and ".join(f"{site.name} {str(site.dtype).removeprefix('torch.')}" for site in (one, other))
+    return f"{said} belong together, and are kept apart by their dtype: give both priors arguments of one dtype"

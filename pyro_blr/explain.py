@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pyro_blr.blocks import Block
 from pyro_blr.plans import Verdict
-from pyro_blr.series import FEWEST, alike, counted, shift, shortened, span, told_once
+from pyro_blr.series import FEWEST, alike, counted, shift, shortened, span, told_once, without_numbers
 
 __all__ = ["Explanation"]
 
@@ -222,7 +221,7 @@ def _grouped(entries: Sequence[_Entry]) -> list[list[_Entry]]:
     groups: list[list[_Entry]] = []
     latest: dict[str, list[_Entry]] = {}
     for entry in entries:
-        pattern = re.sub(r"\d+", "#", entry.name)
+        pattern = without_numbers(entry.name)
         group = latest.get(pattern)
         if group is None or not _continues(group, entry):
             group = latest[pattern] = []

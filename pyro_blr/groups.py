@@ -8,14 +8,13 @@ each is exact given the other.  Plates that all sites of a group share remain a 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 from pyro_blr.blocks import Block, build_blocks, in_same_plates, is_gaussian
 from pyro_blr.conjugacy import analyse
-from pyro_blr.couplings import across_scales, in_location
+from pyro_blr.couplings import across_scales, different_precisions, in_location
 from pyro_blr.families import MultivariateNormal, Normal, TransformedNormal, pushforward_family
 from pyro_blr.graph import FactorGraph, Site
 from pyro_blr.groupings import Grouping, blocks_of
@@ -23,6 +22,7 @@ from pyro_blr.likelihoods import Linear, Vector
 from pyro_blr.patterns import described, pattern_of
 from pyro_blr.plans import FactorPlan
 from pyro_blr.predictors import with_quadrature
+from pyro_blr.series import without_numbers
 
 __all__ = ["choose_groups"]
 
@@ -76,6 +76,7 @@ class _Search:
         self.apart: set[frozenset[str]] = set()
         self.flat: set[str] = set()
         self.dense: set[str] = set()  # sites whose large Gaussian would not be sparse
+        self.mixed: dict[frozenset[str], str] = {}  # why a pair's dtypes keep it apart; empty where they do not
         self.edges = [edge for plan in plans.values() for edge in self._edges(plan)]
         for plan in plans.values():
             self._flatten_mixed(blocks, plan)
@@ -127,6 +128,7 @@ class _Search:
             self.apart |= across_scales(self.graph, plan)
         if plan.enumerated or plan.sampled and self._is_funnel(plan):
             pairs = [(pair, how) for pair, how in pairs if frozenset(pair) not in across_scales(self.graph, plan)]
+        self.mixed |= {frozenset(pair): different_precisions(self.graph, *pair) for pair, _ in pairs}
         return [_Edge(frozenset(pair), plan.factor.name, how) for pair, how in pairs if self._compatible(*pair)]
 
     def _is_real(self, name: str) -> bool:
@@ -171,14 +173,14 @@ class _Search:
         ordered = [self._like_by_like(group) for group in found]
         groups = sorted(ordered, key=lambda group: min(map(self.order.__getitem__, group)))
         kept = [text for pair, text in refused.items() if len({group_of[name] for name in pair}) > 1]
-        notes = [*map(self._reason, groups), *dict.fromkeys(kept)]
+        notes = [*map(self._reason, groups), *dict.fromkeys(kept), *filter(None, self.mixed.values())]
         return Grouping(tuple(groups), frozenset(self.flat), tuple(notes))
 
     def _like_by_like(self, group: Iterable[str]) -> tuple[str, ...]:
         """In the model's order, the sites that a loop makes of one kind (`z_0`, `z_1`, …) one after the other."""
         ordered = sorted(group, key=self.order.__getitem__)
-        kinds = list(dict.fromkeys(map(_without_numbers, ordered)))
-        return tuple(sorted(ordered, key=lambda name: kinds.index(_without_numbers(name))))
+        kinds = list(dict.fromkeys(map(without_numbers, ordered)))
+        return tuple(sorted(ordered, key=lambda name: kinds.index(without_numbers(name))))
 
     def _dimensions(self, group: Iterable[str]) -> int:
         """The length of the group's variable: of one batch element where it keeps its plates."""
@@ -290,10 +292,6 @@ class _Search:
                     sparse = plan.deterministic and size <= SPARSE and not self.dense & set(block.site_names)
                     if whole and (size <= most or sparse):
                         self.flat |= set(block.site_names)
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "", name)
 
 
 def _costlier(a: str, b: str) -> str:

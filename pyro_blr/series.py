@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["FEWEST", "alike", "counted", "in_series", "shift", "shortened", "span", "told_once"]
+__all__ = ["FEWEST", "alike", "counted", "in_series", "shift", "shortened", "span", "told_once", "without_numbers"]
 
 FEWEST = 3  # names that make a series
 _MANY = 3  # names of a list beyond which the rest are counted
@@ -20,6 +20,11 @@ def shift(first: str, other: str) -> int | None:
     if len(a) != len(b) or len(pairs) != 1 or not (pairs[0][0].isdecimal() and pairs[0][1].isdecimal()):
         return None
     return int(pairs[0][1]) - int(pairs[0][0])
+
+
+def without_numbers(name: str) -> str:
+    """What the names of a series have in common."""
+    return _NUMBER.sub("#", name)
 
 
 def alike(first: str, other: str, by: int) -> bool:

@@ -20,6 +20,7 @@ LAYERS = [
     "shapes",
     "callers",
     "generators",
+    "series",
     "interrupts",
     "requests",
     "families",
@@ -108,7 +109,6 @@ LAYERS = [
     "steps",
     # What a method of Posterior or of the engine is made of stands below it, and is told what it needs.
     "diagnostics",
-    "series",
     "explain",
     "plots",
     "export",

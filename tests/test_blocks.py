@@ -511,6 +511,23 @@ def test_explain_says_which_block_and_why() -> None:
     assert "over mu, tau, theta: share the non-conjugate theta" in " ".join(str(told).split())
 
 
+def of_two_precisions(dtype: torch.dtype) -> None:
+    slope = pyro.sample("slope", dist.Normal(torch.tensor(0.0, dtype=dtype), 1.0))
+    level = pyro.sample("level", dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0))
+    with pyro.plate("data", 5):
+        loc = level + slope * torch.arange(5.0, dtype=torch.float64)
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(5, dtype=torch.float64))
+
+
+def test_explain_says_that_dtypes_keep_sites_apart() -> None:
+    apart = BLRInference(of_two_precisions).explain(torch.float32)
+    said = "level float64 and slope float32 belong together, and are kept apart by their dtype"
+    assert said in " ".join(str(apart).split())
+    assert apart.to_dict()["sites"]["slope"]["block"] == "slope"
+    together = BLRInference(of_two_precisions).explain(torch.float64)
+    assert "dtype" not in str(together) and together.to_dict()["sites"]["slope"]["block"] == "slope+level"
+
+
 def test_a_block_beyond_the_limit_is_kept_apart_and_explain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where sparse ones are not taken either: else it is one (`test_sparse_blocks`)."""
     monkeypatch.setitem(MOST, "affine", 20)
