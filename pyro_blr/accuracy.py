@@ -37,19 +37,21 @@ class Optima:
         self._last: Beliefs | None = None
         self._sizes: list[int] = []
         self._squares: list[dict[str, Tensor]] = []  # of each pair, e_j² scalar by scalar
+        self.share = 1.0  # of the last pair's squared distance that is the last optimum's own error
 
     def copy(self) -> Optima:
         """An independent copy."""
         other = Optima()
         other._last, other._sizes, other._squares = self._last, list(self._sizes), self._squares
+        other.share = self.share
         return other
 
     def add(self, beliefs: Beliefs, size: int) -> None:
         """The next optimum."""
         if self._last is not None:
-            share = 1 / (1 + size / self._sizes[-1])
+            self.share = 1 / (1 + size / self._sizes[-1])
             squares = {
-                name: share * _distances(block, name, beliefs, self._last) ** 2
+                name: self.share * _distances(block, name, beliefs, self._last) ** 2
                 for name, block in beliefs.blocks.items()
             }
             self._squares = [*self._squares[1 - _PAIRS :], squares]

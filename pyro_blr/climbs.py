@@ -14,7 +14,7 @@ from pyro_blr.checks import ImproperPosteriorError
 from pyro_blr.draws import Draws
 from pyro_blr.estimators import standard_error
 from pyro_blr.halts import Halt, Sweep
-from pyro_blr.leaps import Leaps, Step, longest, moved_nats
+from pyro_blr.leaps import PATIENCE, SOON, Leaps, Step, longest, moved_nats
 
 __all__ = ["Climb", "climb", "guarded_sweep"]
 
@@ -53,9 +53,8 @@ def climb(
     on other draws.
     """
     if halt is None:
-        halt = Halt(
-            None if ascent.beliefs.points else ascent.finite_estimates(draws), known=known, leaps=Leaps.of(ascent)
-        )
+        values = None if ascent.beliefs.points else ascent.finite_estimates(draws)
+        halt = Halt(values, known=known, leaps=Leaps.of(ascent, PATIENCE if draws is None else SOON))
     while not halt.is_done(tol, draws):
         if halt.number >= limit:
             return Climb(False, halt.first, halt.remaining)

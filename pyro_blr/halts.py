@@ -11,7 +11,7 @@ from pyro_blr.accuracy import Optima
 from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.draws import Draws
-from pyro_blr.leaps import Leaps, Step
+from pyro_blr.leaps import Leaps, Step, moved_nats
 
 __all__ = ["Halt", "Place", "Sweep", "extrapolation"]
 
@@ -68,7 +68,8 @@ class Halt:
         slowest = self.slowest if self.leaps.is_waiting or math.isinf(factor) else max(factor, self.slowest)
         remaining = distance * (max(factor, slowest) if draws is None else max(factor, self.factor, known))
         overlap = step.overlap(self.last) if self.last is not None else 1.0
-        ceiling = max(moved.rate / (1 - overlap), 1 / 64) if overlap < -0.2 else min(1.0, 1.2 * self.ceiling)
+        growth = 2.0 if draws is not None and overlap > 0.5 else 1.2  # on draws leaps soon mend what overshoots
+        ceiling = max(moved.rate / (1 - overlap), 1 / 64) if overlap < -0.2 else min(1.0, growth * self.ceiling)
         if moved.distance < STUCK * moved.astray:
             ceiling = moved.rate / 2
         first = distance if self.number == 0 else self.first
@@ -77,13 +78,15 @@ class Halt:
         return Halt(moved.values, self.number + 1, first, *state, slowest, self.leaps.after(step))
 
     def leapt(self, ascent: Ascent, draws: Draws | None) -> Halt:
-        """The halt after a leap of q, where one is made: not on draws, where climbs are short."""
-        if self.values is None or draws is not None:
+        """The halt after a leap of q, where one is made: its length beside that of the last sweep is what sweeps leave behind."""
+        if self.values is None:
             return self
-        values, leaps = self.leaps.leap(ascent, draws, self.rate, float(self.values.mean()))
+        start = ascent.beliefs
+        values, leaps = self.leaps.leap(ascent, draws, self.rate, self.values)
         if values is None:
             return replace(self, leaps=leaps)
-        return replace(self, values=values, distance=math.inf, last=None, leaps=leaps)
+        factor = max(1.0, moved_nats(ascent, start) / self.distance) if self.distance > 0 else 1.0
+        return replace(self, values=values, distance=math.inf, factor=factor, last=None, leaps=leaps)
 
 
 @dataclass(frozen=True)

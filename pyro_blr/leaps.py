@@ -15,10 +15,12 @@ from pyro_blr.ascent import Ascent
 from pyro_blr.beliefs import Beliefs
 from pyro_blr.blocks import Block
 from pyro_blr.draws import Draws
+from pyro_blr.estimators import standard_error
 
-__all__ = ["PATIENCE", "Leaps", "Step", "longest", "moved_nats"]
+__all__ = ["PATIENCE", "SOON", "Leaps", "Step", "longest", "moved_nats"]
 
 PATIENCE = 10  # sweeps before the first leap: most models have settled then, or are still far away
+SOON = 3  # the same on draws, where a sweep costs a Hessian a draw and a leap one value
 MEMORY = 10  # differences of sweeps that a leap is made from
 LARGEST = 200_000  # numbers in λ at most: a leap keeps some thirty copies
 _LONGEST = 100.0  # nats of a move for every unknown: a log density far out may be all rounding, and look like a gain
@@ -62,7 +64,7 @@ class Leaps:
     """λ_k + ρ f_k − Σ_j γ_j (Δλ_j + ρ Δf_j) with γ = argmin ‖f_k − Σ_j γ_j Δf_j‖ in the Fisher metric, Δλ · Δμ.
 
     (Anderson 1965; Walker and Ni 2011, eq. 2.2.)  A leap is kept where λ is inside its domain and the bound no lower than where
-    the leap began, so that a bound which rises goes on rising.
+    the leap began, so that a bound which rises goes on rising; on draws by no more than one standard error of the difference.
     """
 
     patience: int = PATIENCE
@@ -87,8 +89,10 @@ class Leaps:
         steps = () if self.is_waiting or step is None else (*self.steps[-MEMORY:], step)
         return replace(self, seen=self.seen + 1, steps=steps, wait=max(0, self.wait - 1))
 
-    def leap(self, ascent: Ascent, draws: Draws | None, rate: float, bound: float) -> tuple[Tensor | None, Leaps]:
-        """Moves q, and returns the bound's estimates there; None where it stays, since they would average less than `bound`."""
+    def leap(
+        self, ascent: Ascent, draws: Draws | None, rate: float, before: Tensor | float
+    ) -> tuple[Tensor | None, Leaps]:
+        """Moves q, and returns the bound's estimates there; None where it stays, since they would be lower than `before`."""
         if self.seen < self.patience or len(self.steps) < 2 or self.wait > 0:
             return None, self
         naturals, kept = self._destination(ascent, rate), ascent.beliefs
@@ -98,8 +102,8 @@ class Leaps:
                 ascent.beliefs.update(name, natural)
             with contextlib.suppress(torch.linalg.LinAlgError):
                 values = ascent.finite_estimates(draws)
-                rises = values is not None and float(values.mean()) >= bound
-                if rises and moved_nats(ascent, kept) < longest(ascent):
+                gain = values - before if values is not None else torch.full((1,), -math.inf)
+                if float(gain.mean()) >= -standard_error(gain) and moved_nats(ascent, kept) < longest(ascent):
                     return values, replace(self, pause=0)
             ascent.beliefs = kept
         pause = min(2 * self.pause + 1, _LONGEST_WAIT)

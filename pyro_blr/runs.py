@@ -237,7 +237,7 @@ class Run:
                 break
             failed = _unfinished(climbed, optima.error(), size, tol)
             apart = moved_nats(self.ascent, before)
-            if not failed and (apart < tol or size >= ENOUGH or level == len(levels) - 1):
+            if not failed and (optima.share * apart < tol or size >= ENOUGH or level == len(levels) - 1):
                 self._stop(
                     f"the optima on {levels[level - 1]} and on {size} fixed draws are {apart:.2g} nats apart (tol={tol:g}), "
                     f"their Monte-Carlo error is {optima.error().size:.1g} sd"

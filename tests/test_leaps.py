@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_blr import BLRInference, portfolio
+from pyro_blr import BLRInference, climbs, portfolio
 from pyro_blr.ascent import Ascent
-from pyro_blr.leaps import LARGEST, PATIENCE, Leaps, Step
+from pyro_blr.draws import Draws
+from pyro_blr.leaps import LARGEST, PATIENCE, Leaps, Step, moved_nats
+from pyro_blr.newton import newton_start
 
 float64 = {"dtype": torch.float64}
 
@@ -123,6 +125,36 @@ def test_nothing_is_remembered_before_it_is_needed_nor_of_very_large_q() -> None
     assert not leaps.is_waiting
     ascent.beliefs.update("rate", torch.zeros(LARGEST, 2, **float64))
     assert Leaps.of(ascent, patience=0).is_waiting
+
+
+# -- draws ---------------------------------------------------------------------------------------------------
+
+PLACES, COUNTS = torch.linspace(-2.0, 2.0, 6, **float64), torch.tensor([8.0, 3.0, 1.0, 0.0, 2.0, 9.0], **float64)
+
+
+def process() -> None:
+    """A Gaussian process in white coordinates: every draw sees all of them, so nothing is integrated otherwise."""
+    scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), **float64), 0.5))
+    length = pyro.sample("length", dist.LogNormal(torch.zeros((), **float64), 0.5))
+    white = pyro.sample("white", dist.Normal(torch.zeros(6, **float64), 1.0).to_event(1))
+    kernel = torch.exp(-0.5 * ((PLACES.unsqueeze(-1) - PLACES) / length[..., None, None]) ** 2)
+    root = torch.linalg.cholesky(scale[..., None, None] ** 2 * kernel + 1e-6 * torch.eye(6, **float64))
+    with pyro.plate("points", 6):
+        pyro.sample("y", dist.Poisson((root @ white.unsqueeze(-1)).squeeze(-1).exp()), obs=COUNTS)
+
+
+def test_leaps_on_fixed_draws_end_where_sweeps_on_them_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same place, on the same draws, with leaps and without: half as many sweeps, and the same λ to 1e-6 nats."""
+    draws, ends, sweeps = Draws(0, 256, balanced=True), [], []
+    for soon in (climbs.SOON, 10**6):
+        monkeypatch.setattr(climbs, "SOON", soon)
+        ascent, told = ascent_of(process), list[float]()
+        newton_start(ascent)
+        assert climbs.climb(ascent, draws, 1e-7, 100, lambda bound, _, told=told: told.append(bound)).converged
+        ends.append(ascent)
+        sweeps.append(len(told))
+    assert moved_nats(ends[0], ends[1].beliefs) < 1e-6
+    assert 2 * sweeps[0] < sweeps[1] + 2
 
 
 # -- funnels -------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of a name")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--posteriordb", action="store_true", help="real data too")
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
@@ -46,9 +47,9 @@ def main() -> None:
         f"{'target':38} {'mean':>6} {'sd':>6}  {'weighed':>11}  {'k-hat':>6}  conv  {'verdict':10} {'s':>5}  warnings"
     )
     found = []
-    for make in problems(options.only, options.posteriordb):
-        problem = make()
-        for seed in range(options.seeds):
+    for seed in range(options.first, options.first + options.seeds):
+        for make in problems(options.only, options.posteriordb):
+            problem = make()
             v = judge(problem, seed)
             found.append((problem.name, v))
             print(
@@ -56,7 +57,7 @@ def main() -> None:
                 f"{'yes' if v.converged else 'no':4}  {v.word:10} {v.seconds:5.1f}  {v.flags}",
                 flush=True,
             )
-    print("\n".join(totals(found)))
+        print("\n".join(totals(found)), flush=True)
 
 
 if __name__ == "__main__":
