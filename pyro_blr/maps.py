@@ -21,6 +21,7 @@ from pyro_blr.kinds import Form
 from pyro_blr.likelihoods import Expectation, Linear, Matrix, Positive, Probability, Simplex, Vector
 from pyro_blr.pieces import Entries, JointMap, Slab, joint_map
 from pyro_blr.plans import Argument
+from pyro_blr.probabilities import powers_map
 
 __all__ = ["AffineMap", "Columns", "Monomial", "SimplexRows", "compiled"]
 
@@ -75,6 +76,8 @@ def compiled(
             return _positive(name, function, mine, isinstance(blocks[name].family, InverseGamma))
         if argument.role is Probability:
             return _probability(name, form, function, mine["log"])
+        if argument.role is Simplex and form is Form.POWERS:
+            return powers_map(name, function, mine["log"])
         if argument.role is Simplex:
             return _simplex(name, function, mine["log"])
         if argument.role is Vector and "covariance" in mine and not blocks[name].is_joint:

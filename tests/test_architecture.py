@@ -64,6 +64,7 @@ LAYERS = [
     "storage",
     "probe",
     "plans",
+    "probabilities",
     "forms",
     "interactions",
     "excuses",

@@ -53,6 +53,7 @@ class Form(enum.Enum):
     AFFINE      c + a linear map of z
     MATRIX      every matrix is a constant times A W^power Aᵀ, A square, power ±1, W a matrix of z
     CHOLESKY    every matrix is the lower Cholesky factor of such a matrix (up to a constant's sign)
+    POWERS      every element is c Π_i z_i^a_i (1 - z_i)^b_i; claimed of numbers alone, never of an expression
     OTHER       nothing of this is known
     """
 
@@ -65,6 +66,7 @@ class Form(enum.Enum):
     AFFINE = "affine"
     MATRIX = "matrix"
     CHOLESKY = "cholesky"
+    POWERS = "powers"
     OTHER = "other"
 
 
