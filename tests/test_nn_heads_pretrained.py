@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -206,3 +208,10 @@ def test_head_and_adapters_together() -> None:
         posterior.refresh(42, **inputs)
     assert losses[-1] < losses[0]
     assert posterior.predict(**inputs, num_samples=4).mutual_information.shape == (6, 8)
+
+
+def test_what_the_page_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "heads.md").read_text()
+    pytest.importorskip("peft", reason="needs peft: pip install 'pyro_blr[llm]'")
+    exec("\n".join(re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)), {})
+    assert capsys.readouterr().out.splitlines() == ["torch.Size([8, 16])", "torch.Size([8, 20])", "torch.Size([8, 20])"]

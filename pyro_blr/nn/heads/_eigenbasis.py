@@ -140,11 +140,10 @@ class EigenbasisStructure(Structure):
 
     def turned(self, statistics: Statistics) -> Statistics:
         basis = torch.linalg.eigh(statistics["moment"]).eigenvectors.contiguous()
-        degrees, turn = statistics["degrees"], (statistics["basis"].mT @ basis).square_()
-        turned = torch.empty_like(degrees)
-        for part, out in zip(degrees.split(4096), turned.split(4096), strict=True):
-            torch.mm(part, turn, out=out)
-        return {**statistics, "basis": basis, "degrees": turned}
+        turn = (statistics["basis"].mT @ basis).square_()
+        for part in statistics["degrees"].split(1024):
+            part.copy_(part @ turn)
+        return {**statistics, "basis": basis}
 
     def gaussian(self, statistics: Statistics, prior_precision: float) -> EigenGaussian:
         degrees = statistics["degrees"]

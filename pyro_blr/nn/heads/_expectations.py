@@ -11,7 +11,7 @@ from pyro_blr.nn.heads._structures import Structure, WeightGaussian
 
 __all__ = ["Batch", "Expectations", "expectations", "spread_change"]
 
-# Numbers that the draws of a part of the batch take.
+# Numbers that the draws of a part of the batch take; where the weights are more than sixteen times as many, a sixteenth of these.
 PART_NUMBERS = 1 << 22
 
 
@@ -41,7 +41,7 @@ def expectations(
     residual = torch.empty(len(batch.rows), len(mean), dtype=mean.dtype, device=mean.device)
     curvatures: list[Tensor] = []
     value, draws = 0.0, 0 if gaussian is None else num_draws
-    size = max(1, PART_NUMBERS // (len(mean) * max(1, draws)))
+    size = max(1, max(PART_NUMBERS, mean.numel() // 16) // (len(mean) * max(1, draws)))
     for start in range(0, len(batch.rows), size):
         rows, targets = batch.rows[start : start + size], batch.targets[start : start + size]
         logits = (rows @ mean.mT)[None]

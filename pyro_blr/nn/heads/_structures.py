@@ -59,7 +59,7 @@ class Structure(abc.ABC):
 
     @abc.abstractmethod
     def turned(self, statistics: Statistics) -> Statistics:
-        """The same precision, as nearly as it can be, in the basis that these statistics would have."""
+        """The same precision, as nearly as it can be, in the basis that these statistics would have; sums are written into."""
 
     @abc.abstractmethod
     def gaussian(self, statistics: Statistics, prior_precision: float) -> WeightGaussian:
