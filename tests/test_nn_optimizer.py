@@ -320,7 +320,12 @@ def test_blocks_and_closures_take_the_same_steps(observed: bool, dtype: torch.dt
         runs.append(snapshot(net, optimizer))
         assert optimizer.state[net[0].weight]["mean"].dtype == torch.promote_types(dtype, torch.float32)
         assert net[0].weight.dtype == dtype
-    assert same(*runs)
+    if dtype is torch.bfloat16 or observed:
+        assert same(*runs)
+    for one, two in zip(
+        *runs, strict=True
+    ):  # a closure's weights are at hand when Price's estimate is made, a block's noise is drawn again
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
 def test_gradients_accumulate_under_one_draw() -> None:

@@ -22,8 +22,11 @@ __all__ = ["mean_loss", "perturbed"]
 @contextlib.contextmanager
 def perturbed(
     groups: Sequence[tuple[dict[str, Any], Sequence[Entry]]], number: int, sign: float, key: int | None
-) -> Iterator[None]:
-    """The weights at m ± σ ε inside, with ε from the step and `number`, or from `key`; at m outside, bit for bit, whatever happens."""
+) -> Iterator[list[Bucket]]:
+    """The weights at m ± σ ε inside, with ε from the step and `number`, or from `key`; at m outside, bit for bit, whatever happens.
+
+    Yields what will be restored.
+    """
     done: list[Bucket] = []
     try:
         for group, entries in groups:
@@ -33,7 +36,7 @@ def perturbed(
                 numbers = noise_numbers(group, number) if key is None else (key,)
                 bucket.perturb(bucket.noise(*numbers), sign)
         torch.clear_autocast_cache()  # which holds weights of before in fewer digits
-        yield
+        yield done
     finally:
         for bucket in done:
             bucket.restore()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_blr.nn._buckets import Bucket
 from pyro_blr.nn._ranks import any_rank, local
 
 __all__ = ["Evidence", "accumulate"]
@@ -20,7 +21,7 @@ class Evidence:
     """Gradients of the mean loss and curvatures, by parameter, summed over draws; `grams` and `smooth` by a group's first.
 
     `squares` are curvatures that the loss was differentiated for: of Gauss and Newton, or the Hessian's; `smooth` says where the
-    latter could be had at the first step.
+    latter could be had at the first step. `drawn` are buckets that still hold the weights drawn.
 
     A single draw leaves its gradients where autograd put them (`gradients` is empty), and Price's estimate is made from the
     noise when the step takes it; only several draws have sums of their own.
@@ -29,6 +30,7 @@ class Evidence:
     observations: int = 0
     squares: dict[Tensor, Tensor] = field(default_factory=dict)
     grams: dict[Tensor, Tensor] = field(default_factory=dict)
+    drawn: list[Bucket] = field(default_factory=list)
     smooth: set[Tensor] = field(default_factory=set)
     gradients: dict[Tensor, Tensor] = field(default_factory=dict)
     estimates: dict[Tensor, Tensor] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from pyro_blr.nn._ranks import is_sharded, local, sum_over, world_size
 from pyro_blr.nn._rates import turned
 from pyro_blr.nn._settings import OWN_NOISE
 from pyro_blr.nn._start import first_curvature, new_state
-from pyro_blr.nn._update import move_curvature, move_mean, price
+from pyro_blr.nn._update import move_curvature, move_mean, price, price_of_drawn
 
 __all__ = ["begin", "collect", "take"]
 
@@ -30,6 +30,12 @@ def take(groups: Sequence[tuple[dict[str, Any], Sequence[Entry]]], evidence: Evi
     settle(groups, evidence)
     for group, entries in groups:
         take_group(group, entries, evidence, noise_numbers(group, 0))
+    # The means of the others are written already.
+    evidence.drawn[:] = [
+        bucket
+        for bucket in evidence.drawn
+        if any(evidence.gradient(entry.parameter) is None for entry in bucket.entries)
+    ]
 
 
 def resolve(group: dict[str, Any], entries: Sequence[Entry], evidence: Evidence) -> None:
@@ -165,4 +171,6 @@ def measured(bucket: Bucket, evidence: Evidence, numbers: tuple[int, ...], measu
         return [entry.cut(evidence.squares[entry.parameter]) for entry in bucket.entries]
     if evidence.estimates:
         return [entry.cut(evidence.estimates[entry.parameter]) for entry in bucket.entries]
+    if evidence.drawn and bucket.parameters[0].dtype == bucket.of_state("mean")[0].dtype:
+        return price_of_drawn(bucket)
     return price(bucket, bucket.noise(*numbers), 1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_blr.nn._buckets import Bucket
 from pyro_blr.nn._rates import compares, curvature_rate, mean_rate
 
-__all__ = ["move_curvature", "move_mean", "price"]
+__all__ = ["move_curvature", "move_mean", "price", "price_of_drawn"]
 
 
 def price(bucket: Bucket, noise: Sequence[Tensor], sign: float) -> list[Tensor]:
@@ -23,6 +23,15 @@ def price(bucket: Bucket, noise: Sequence[Tensor], sign: float) -> list[Tensor]:
     torch._foreach_mul_(estimate, list(noise))
     torch._foreach_mul_(estimate, bucket.gradients)
     torch._foreach_mul_(estimate, sign * float(bucket.group["num_data"]) ** 0.5)
+    return estimate
+
+
+def price_of_drawn(bucket: Bucket) -> list[Tensor]:
+    """The same of parameters that hold θ still: ĥ = ∇ℓ(θ) (θ − m) s, without drawing the noise again."""
+    estimate = list(torch._foreach_sub(bucket.parameters, bucket.of_state("mean")))
+    torch._foreach_mul_(estimate, bucket.gradients)
+    torch._foreach_mul_(estimate, bucket.total())
+    torch._foreach_mul_(estimate, float(bucket.group["num_data"]))
     return estimate
 
 

@@ -128,18 +128,19 @@ class BLROptimizer(Optimizer):
         """
         if self._inside:
             raise RuntimeError("step() was called inside sampled(), on drawn weights: leave the block first")
+        if closure is None and not self._pending and all(group["lr"] == 0 for group in self.param_groups):
+            self._begin(everywhere=True)  # what torch.distributed.checkpoint asks for, to load a state into
+            return None
         try:
-            loss = None if closure is None else self._draw(closure)
-            if closure is None and not self._pending and all(group["lr"] == 0 for group in self.param_groups):
-                self._begin(everywhere=True)  # what torch.distributed.checkpoint asks for, to load a state into
-                return None
-            if closure is None and not (self._pending and self._has_gradient()):
-                raise RuntimeError(NO_DRAW)
-            fault = self._evidence.fault(loss, [entry.parameter for _, entry in self._entries()])
+            with contextlib.ExitStack() as draw:
+                loss = None if closure is None else self._draw(closure, draw)
+                if closure is None and not (self._pending and self._has_gradient()):
+                    raise RuntimeError(NO_DRAW)
+                fault = self._evidence.fault(loss, [entry.parameter for _, entry in self._entries()])
+                if fault is None:
+                    take(self._by_group(), self._evidence)
             if fault is not None:
                 warnings.warn(f"step skipped, q unchanged: {fault}; check this batch", stacklevel=3)
-            else:
-                take(self._by_group(), self._evidence)
             for group in self.param_groups:
                 group["draws"] += 1
         finally:
@@ -257,27 +258,33 @@ class BLROptimizer(Optimizer):
                 begin(group, [entry for entry in entries if not entry.state], group["initial_curvature"] or 0.0)
 
     @contextlib.contextmanager
-    def _perturbed(self, number: int = 0, sign: float = 1.0, key: int | None = None) -> Iterator[None]:
-        """The weights at m ± σ ε, with ε from the step and `number`, or from `key`."""
+    def _perturbed(self, number: int = 0, sign: float = 1.0, key: int | None = None) -> Iterator[list[Bucket]]:
+        """The weights at m ± σ ε, with ε from the step and `number`, or from `key`; yields what will be restored."""
         if self._inside:
             raise RuntimeError("sampled() was entered inside sampled() or a closure: one draw at a time")
         self._inside = True
         try:
-            with perturbed(self._by_group(), number, sign, key):
-                yield
+            with perturbed(self._by_group(), number, sign, key) as drawn:
+                yield drawn
         finally:
             self._inside = False
 
-    def _draw(self, closure: Callable[[], Any]) -> Tensor | float:
-        """Runs the closure at every draw of the weights; the mean of its losses, which is not finite as soon as one is not."""
+    def _draw(self, closure: Callable[[], Any], draw: contextlib.ExitStack) -> Tensor | float:
+        """Runs the closure at every draw of the weights; the mean of its losses, which is not finite as soon as one is not.
+
+        A single draw lasts until `draw` is left.
+        """
         self._begin()
         samples, total = self.defaults["samples"], 0.0
         for sample in range(samples):
             number, sign = (sample // 2, 1.0 - 2.0 * (sample % 2)) if self.defaults["antithetic"] else (sample, 1.0)
             for _, entry in self._entries():
                 entry.parameter.grad = None
-            with torch.enable_grad(), self._perturbed(number, sign):
-                loss = mean_loss(closure(), self._observe)
+            with contextlib.ExitStack() as own:
+                drawn = (draw if samples == 1 else own).enter_context(self._perturbed(number, sign))
+                with torch.enable_grad():
+                    loss = mean_loss(closure(), self._observe)
+            self._evidence.drawn = drawn if samples == 1 else []
             total = total + loss / samples
             if not math.isfinite(loss) and world_size() == 1:
                 return total
