@@ -95,7 +95,7 @@ class Weights:
         precision, mean = (values[self.places[network, name]] for values in self._values)
         return like + mean, like + 1 / precision
 
-    def drawn(self) -> contextlib.AbstractContextManager[None]:
+    def drawn(self) -> contextlib.AbstractContextManager[Any]:
         """The weights at a draw from torch's generator inside."""
         return self.optimizer._perturbed(key=int(torch.randint(2**62, ()).item()))
 
