@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ["bayesian-networks.md", "heads.md", "diagnosing.md", "reading-explain.md", "switching-from-svi.md"]
+PAGES = [
+    "bayesian-networks.md",
+    "diagnosing.md",
+    "from-adamw-or-ivon.md",
+    "heads.md",
+    "reading-explain.md",
+    "switching-from-svi.md",
+]
 
 
 def blocks(page: str, language: str) -> list[str]:
