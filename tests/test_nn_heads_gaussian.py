@@ -241,3 +241,18 @@ def test_bad_data_are_refused_and_change_nothing() -> None:
     assert head.count == 0 and not head.gram.any()
     head.observe(features[:0], targets[:0])
     assert head.count == 0
+
+
+@pytest.mark.gpu
+@every_noise
+def test_cuda_agrees_with_the_cpu(name: str) -> None:
+    features, targets = data()
+    cpu, cuda = head_of(name), head_of(name).cuda()
+    for head, device in ((cpu, "cpu"), (cuda, "cuda")):
+        head.observe(features.to(device), targets.to(device))
+        head.forget(features[:5].to(device), targets[:5].to(device))
+    torch.testing.assert_close(cuda.mean.cpu(), cpu.mean, rtol=1e-9, atol=1e-9)
+    assert cuda.log_evidence() == pytest.approx(cpu.log_evidence(), abs=1e-8)
+    torch.testing.assert_close(
+        cuda.predict(features.cuda()).variance.cpu(), cpu.predict(features).variance, rtol=1e-9, atol=0
+    )

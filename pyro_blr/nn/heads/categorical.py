@@ -158,6 +158,8 @@ class CategoricalHead(Head):
         Raises ValueError, and changes nothing, where the precision that remains is none.
         """
         batch = self._batch(features, targets)
+        if not len(batch.targets):
+            return
         with isolated_torch_state(0):
             gaussian = self._gaussian() if self.steps else None
             found = expectations(self._structure, gaussian, self.loc, batch, self.num_draws)
