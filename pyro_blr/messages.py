@@ -80,17 +80,17 @@ class Messages:
         return any([integral.refine() for integral in self._integrals])
 
     @contextlib.contextmanager
-    def rough(self) -> Iterator[None]:
-        """Quadrature to `ROUGH` inside: wide q, far from any optimum, costs many times what q at the optimum does."""
+    def rough(self, tolerance: float = ROUGH) -> Iterator[None]:
+        """Quadrature no finer than this inside: wide q, far from any optimum, costs many times what q at the optimum does."""
         integrals = self._integrals
         before = [integral.tolerance for integral in integrals]
         for integral in integrals:
-            integral.tolerance = max(integral.tolerance, ROUGH)
+            integral.tolerance = max(integral.tolerance, tolerance)
         try:
             yield
         finally:
-            for integral, tolerance in zip(integrals, before, strict=True):
-                integral.tolerance = tolerance
+            for integral, fine in zip(integrals, before, strict=True):
+                integral.tolerance = fine
 
     def saved(self) -> list[Callable[[], None]]:
         """What puts the integrals' points and errors back as they are now."""

@@ -35,6 +35,7 @@ WORK = 4e8  # numbers × directions that Newton's searches may cost; fewer start
 NUM_DRAWS = 128  # for climbs, and for comparing bounds
 STEPS, SWEEPS = 20, 200  # of a climb on draws or by quadrature; of exact sweeps
 TOLERANCE = 0.02  # nats
+SCOUTING = 1e-3  # of quadrature on the way to a mode, as in `Messages.rough`
 SAME = 0.1  # nats between Gaussians at modes, and their curvatures, that are one
 HOPELESS = 10.0  # nats that a Gaussian at a mode, with its curvature, may lack and still be climbed from
 WIDEST = 10.0  # a start's own sd at most, as a step away from it
@@ -78,7 +79,8 @@ class _Search:
         if self.program.is_exact:
             self._note(ascent, ascent, _swept(ascent))
             return
-        newton_start(ascent)
+        with self.program.messages.rough(SCOUTING):
+            newton_start(ascent)
         for mode, end in self._modes:
             if moved_nats(mode, ascent.beliefs) < SAME:
                 self.found.append(end)
