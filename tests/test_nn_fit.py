@@ -471,7 +471,7 @@ def test_the_likelihood_of_a_factor_statement_takes_prices_curvature() -> None:
     engine = BLRInference(model)
     for _ in range(5):
         engine.step(x, y)
-    assert "Price" in str(engine.explain(x, y))
+    assert "curvature: Price" in " ".join(str(engine.explain(x, y)).split())
 
 
 # -- what is refused -------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -16,9 +15,9 @@ from pyro_blr.blocks import Block
 from pyro_blr.explain import Explanation
 from pyro_blr.gradients import GuideFit, OrdinaryGradients
 from pyro_blr.interrupts import undone_by, uninterrupted
-from pyro_blr.nn._given import Spread, prior_law
+from pyro_blr.nn._attempt import Attempt
 from pyro_blr.nn._monitor import SETTLED
-from pyro_blr.nn._others import Others, Outcome
+from pyro_blr.nn._others import Others
 from pyro_blr.nn._pass import Pass
 from pyro_blr.nn._weights import Weights
 from pyro_blr.plans import PROVED, Verdict
@@ -26,6 +25,15 @@ from pyro_blr.posterior import Posterior
 from pyro_blr.running import isolated_random_state
 
 __all__ = ["NetworkFit"]
+
+
+CURVATURES = {
+    "auto": "chosen at the first step",
+    "labels": "Gauss-Newton at sampled labels",
+    "examples": "Gauss-Newton by examples",
+    "hessian": "the Hessian's, by random vectors",
+    "price": "Price's theorem",
+}
 
 
 class NetworkFit(OrdinaryGradients):
@@ -56,7 +64,7 @@ class NetworkFit(OrdinaryGradients):
         with undone_by(partial(pyro.util.set_rng_state, pyro.util.get_rng_state())) as pending:
             weights, others = self._begun(args, kwargs)
             self._reload()
-            attempt = _Attempt(self, weights, others, args, kwargs)
+            attempt = Attempt(self, weights, others, args, kwargs)
             weights.optimizer.step(attempt.closure)
             pending.clear()
             with uninterrupted():
@@ -107,7 +115,7 @@ class NetworkFit(OrdinaryGradients):
             if not weights.has_begun:
                 raise RuntimeError("the weights have no posterior before the first step: call step, then evaluate_loss")
             with torch.no_grad(), weights.drawn():
-                attempt = _Attempt(self, weights, others, args, kwargs)
+                attempt = Attempt(self, weights, others, args, kwargs)
                 attempt.look()
             return -attempt.bound()
 
@@ -164,8 +172,7 @@ class NetworkFit(OrdinaryGradients):
             verdicts, notes = [], []
             for name, announced in found.networks.items():
                 verdicts.append(Verdict(name, name, True, PROVED))
-                where = found.labels(log_probs, 1.0)
-                curvature = "Gauss-Newton at sampled labels" if where is not None else "Price's theorem"
+                curvature = CURVATURES[weights.group["curvature"]]
                 seen = [one for one, value in log_probs.items() if value.requires_grad]
                 verdicts += [
                     Verdict(one, name, False, "Monte Carlo", f"one draw of the weights a step; curvature: {curvature}")
@@ -212,86 +219,3 @@ class _Live(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-class _Attempt:
-    """One step on its way: nothing outside is changed until `commit`."""
-
-    def __init__(
-        self, fit: NetworkFit, weights: Weights, others: Others | None, args: tuple, kwargs: Mapping[str, Any]
-    ):
-        self.fit, self.weights, self.others, self.args, self.kwargs = fit, weights, others, args, kwargs
-        self.had_begun = weights.has_begun
-        self.of_weights = weights.bound() if self.had_begun else math.nan
-        self.log_likelihood = math.nan
-        self.outcome: Outcome | None = None
-        self.found: Pass | None = None
-
-    def closure(self) -> Tensor:
-        """Minus the log joint given θ over N, at drawn weights and sites, after its backward pass."""
-        found, log_probs, total = self._run()
-        count = self.weights.group["num_data"]
-        params = list(found.params.values())
-        pyro.infer.util.zero_grads(params)
-        loss = -total / count
-        labels = found.labels(log_probs, count)
-        if labels is not None:
-            self.weights.optimizer._observe(labels, loss)  # type: ignore[arg-type]
-        loss.backward()
-        for leaf in params:
-            if leaf.grad is not None:
-                leaf.grad.mul_(count)  # optim takes the gradient of the loss itself
-        if self.others is not None and self.had_begun:
-            self.outcome = self.others.stepped(found, self._spreads, self.args, self.kwargs)
-        return loss.detach()
-
-    def look(self) -> None:
-        """The same without a backward pass."""
-        found, _, _ = self._run()
-        if self.others is not None:
-            self.outcome = self.others.stepped(found, self._spreads, self.args, self.kwargs)
-
-    def _run(self) -> tuple[Pass, dict[str, Tensor], Tensor]:
-        found = Pass(self.others.choose() if self.others is not None else lambda *_: None)
-        with found:
-            self.fit.model(*self.args, **self.kwargs)
-        log_probs = found.log_probs()
-        priors = self._prior_terms(found)
-        total = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in log_probs.values()]).sum()
-        self.log_likelihood = float(total.detach()) + sum(float(x.detach()) for x in priors.values())
-        if not math.isfinite(self.log_likelihood):
-            wrong = [name for name, x in {**log_probs, **priors}.items() if not math.isfinite(x.detach())]
-            raise ValueError(
-                f"site {' and '.join(map(repr, wrong))}: found a log probability that is not finite at drawn weights, expected numbers; "
-                "nothing was changed. Check the data, or begin with smaller weights"
-            )
-        self.found = found
-        return found, log_probs, sum((x for x in priors.values() if x.requires_grad), total)
-
-    def _prior_terms(self, found: Pass) -> dict[str, Tensor]:
-        """E_q log p(θ) of priors that are tensors, at the values these have in this run."""
-        self._spreads: dict[str, dict[str, Spread]] = self.weights.spreads(found.networks)
-        terms = {}
-        for name, announced in found.networks.items():
-            for assigned in announced.assigned:
-                if not assigned.prior.is_number:
-                    spread = self._spreads[name][assigned.key]
-                    law = prior_law(assigned, spread)
-                    terms[f"{name}[{assigned.key}]"] = 0.5 * spread.count * law.log_prob(spread.values)
-                    if self.others is None:
-                        mean, precision = (torch.as_tensor(x) for x in (assigned.prior.mean, assigned.prior.precision))
-                        self.weights.set_prior(name, assigned, precision, mean)
-        return terms
-
-    def commit(self) -> None:
-        """λ of the other sites, and the parameters."""
-        assert self.found is not None
-        if self.others is not None and self.outcome is not None:
-            self.others.naturals, self.others.count = self.outcome.naturals, self.others.count + 1
-            self.fit.set_priors(self.weights, self.found, self.outcome.priors)
-        self.fit.move_parameters(self.found.params)
-
-    def bound(self) -> float:
-        """The ELBO before the step; of the first one, with the weights' Gaussian after it."""
-        of_weights = self.of_weights if self.had_begun else self.weights.bound()
-        return of_weights + (self.outcome.bound if self.outcome is not None else self.log_likelihood)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class Weights:
         for place, prior in enumerate(self.numbers):
             if prior is not None:
                 self._values[0][place], self._values[1][place] = float(prior.precision), float(prior.mean)
+        self._of_precisions: tuple[Any, float] = (None, 0.0)
+        self._version = 0  # of what is not counted by measurements
         self._share()
 
     # -- priors ----------------------------------------------------------------------------------------------------
@@ -60,6 +62,7 @@ class Weights:
 
     def _share(self) -> None:
         """One number for the group where all parameters have the same."""
+        self._version += 1
         for name, values in zip(("prior_precision", "prior_mean"), self._values, strict=True):
             alike = all(isinstance(value, float) and value == values[0] for value in values)
             self.group[name] = values[0] if alike else list(values)
@@ -105,27 +108,38 @@ class Weights:
 
     @torch.no_grad()
     def bound(self) -> float:
-        """Σ_j H(q_j), plus Σ_j E_q log p(θ_j) = ½ (log δ/2π − δ (1/s + (m − m₀)²)) of priors that are numbers."""
-        total = torch.zeros((), dtype=torch.float64, device=self.group["params"][0].device)
+        """Σ_j H(q_j), plus Σ_j E_q log p(θ_j) = ½ (log δ/2π − δ (1/s + (m − m₀)²)) of priors that are numbers.
+
+        All but (m − m₀)² stays as it is until curvatures are measured again.
+        """
+        states = [self.optimizer.state[parameter] for parameter in self.group["params"]]
+        key = self._version, *(state["measurements"] if state else None for state in states)
+        if self._of_precisions[0] != key:
+            self._of_precisions = key, self._constants() - 0.5 * self._precision_terms()
+        kept = [(s["mean"], prior) for s, prior in zip(states, self.numbers, strict=True) if s and prior is not None]
+        if not kept:
+            return self._of_precisions[1]
+        away = [mean for mean, _ in kept]
+        if any(prior.mean for _, prior in kept):
+            away = list(torch._foreach_sub(away, [float(prior.mean) for _, prior in kept]))
+        squares = torch.stack([norm.to(away[0].device) for norm in torch._foreach_norm(away)]).double().square()
+        weights = torch.tensor([float(prior.precision) for _, prior in kept], dtype=torch.float64)
+        return self._of_precisions[1] - 0.5 * (weights * squares.cpu()).sum().item()
+
+    def _precision_terms(self) -> float:
+        """Σ_j log s, and δ / s of priors that are numbers."""
+        total = 0.0
         for bucket in self._buckets():
             precision = bucket.precision()
             kept = [i for i, entry in enumerate(bucket.entries) if self.numbers[entry.place] is not None]
             if kept:
-                total -= 0.5 * self._expected_squares(bucket, precision, kept).to(total.device)
+                inverse = _sums(torch._foreach_reciprocal([precision[i] for i in kept]))
+                own = [self.numbers[bucket.entries[i].place] for i in kept]
+                weights = torch.tensor([float(p.precision) for p in own if p is not None], dtype=torch.float64)
+                total += (weights * inverse).sum().item()
             torch._foreach_log_(precision)
-            total -= 0.5 * _sums(precision).sum().to(total.device)
-        return total.item() + self._constants()
-
-    def _expected_squares(self, bucket: Bucket, precision: Sequence[Tensor], kept: Sequence[int]) -> Tensor:
-        """Σ δ (1/s + (m − m₀)²)."""
-        own = [self.numbers[bucket.entries[i].place] for i in kept]
-        means = [bucket.entries[i].cut(bucket.entries[i].state["mean"]) for i in kept]
-        if any(prior.mean for prior in own if prior is not None):
-            means = list(torch._foreach_sub(means, [float(prior.mean) for prior in own if prior is not None]))
-        squares = torch.stack(torch._foreach_norm(means)).double().square()
-        squares += _sums(torch._foreach_reciprocal([precision[i] for i in kept]))
-        weights = torch.tensor([float(prior.precision) for prior in own if prior is not None], dtype=torch.float64)
-        return (weights.to(squares.device) * squares).sum()
+            total += _sums(precision).sum().item()
+        return total
 
     def _constants(self) -> float:
         """Σ_j ½ (1 + log 2π), and ½ log δ/2π of priors that are numbers; where no loss depends on a parameter q is its prior."""
@@ -161,6 +175,7 @@ class Weights:
             parameter.copy_(means[one])
             state["mean"].copy_(means[one])
             state["curvature"].copy_((precisions[one] - prior) / self.group["num_data"])
+        self._version += 1
 
     def blocks(self) -> dict[str, Block]:
         """A block for each network: Normals, element by element."""
@@ -169,7 +184,7 @@ class Weights:
 
 def _sums(tensors: Iterable[Tensor]) -> Tensor:
     """Of each tensor, in its precision; to be added in float64."""
-    return torch.stack([tensor.sum() for tensor in tensors]).double()
+    return torch.stack([tensor.sum() for tensor in tensors]).double().cpu()
 
 
 def _block(network: Any) -> Block:
