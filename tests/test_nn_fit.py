@@ -146,6 +146,27 @@ def test_noise_precision_is_exact_given_the_draw() -> None:
     assert "exact (proved), given" in str(engine.explain(x, y))
 
 
+def test_a_falling_prior_precision_leaves_scales_finite() -> None:
+    """The Hessian of a Student-t likelihood is negative far out, where the prior alone kept the precision positive."""
+    x = torch.randn(60, 3)
+    y = x.sum(1) + 0.3 * torch.randn(60)
+    network = bayesian(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), seed=0)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        noise = pyro.sample("noise", dist.Gamma(1.0, 1.0))
+        mean = network.sample({"0.*": scale**-2})(x).squeeze(-1)
+        with pyro.plate("data", 60):
+            pyro.sample("y", dist.StudentT(4.0, mean, noise.rsqrt()), obs=y)
+
+    engine = BLRInference(model)
+    for _ in range(40):
+        engine.step(x, y)
+    history = engine.posterior.history
+    assert min(history) > -1000 and sum(history[-10:]) > sum(history[4:14])
+    assert engine.posterior["network"].stddev.max() < 100 and "quadrature" in str(engine.explain(x, y))
+
+
 def test_the_bound_rises_on_average() -> None:
     x = torch.linspace(-2, 2, 300).unsqueeze(-1)
     y = torch.sin(2 * x[:, 0]) + 0.1 * torch.randn(300)

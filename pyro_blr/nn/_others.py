@@ -145,7 +145,7 @@ class Others:
     def _step(self, ascent: Ascent) -> None:
         """Some by quadrature or draws: the engine's own step, of which those that see data take a part."""
         program, before = ascent.program, dict(ascent.beliefs.naturals)
-        take_step(ascent, self.count + 1)
+        take_step(ascent, self.count)
         rate, averaged = 1.0 if program.is_subsampled else self._rate(program), self.averaged(program)
         for name, natural in before.items():
             if name not in averaged:

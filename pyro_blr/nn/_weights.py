@@ -54,11 +54,25 @@ class Weights:
 
     def set_prior(self, network: str, assigned: Assigned, precision: Tensor, mean: Tensor) -> None:
         """E δ and E δ m₀ / E δ of parameters whose prior has values of other sites."""
+        for name in assigned.names:
+            self._keep_definite(network, name, precision)
         for values, value in zip(self._values, (precision, mean), strict=True):
             plain = float(value) if value.numel() == 1 else value.detach()
             for name in assigned.names:
                 values[self.places[network, name]] = plain
         self._share()
+
+    @torch.no_grad()
+    def _keep_definite(self, network: str, name: str, precision: Tensor) -> None:
+        """s = N h + δ does not fall with δ where h is negative, as the Hessian's and Price's may be: measurements move it."""
+        state = self.optimizer.state[self.networks[network].exposed.parameters[name]]
+        if state:
+            curvature, count = state["curvature"], self.group["num_data"]
+            before, after = (
+                torch.as_tensor(x).to(curvature) for x in (self._values[0][self.places[network, name]], precision)
+            )
+            least = (count * curvature + before - after) / count
+            curvature.copy_(torch.where(curvature < 0, torch.maximum(curvature, least), curvature))
 
     def _share(self) -> None:
         """One number for the group where all parameters have the same."""
