@@ -33,9 +33,11 @@ class Beliefs:
 
     def update(self, name: str, natural: Tensor) -> None:
         """Replaces one block's λ; where q cannot be everything in its family, by the nearest that it can be."""
-        within = self.blocks[name].within
-        natural = natural if within is None else within(natural.detach(), self.naturals[name])
-        self.naturals[name] = natural.detach()  # the model's parameters, which have a gradient, may be in it
+        within, natural = (
+            self.blocks[name].within,
+            natural.detach(),
+        )  # the model's parameters, which have a gradient, may be in it
+        self.naturals[name] = natural if within is None else within(natural, self.naturals[name])
         self.points.pop(name, None)
         self.wide.forget(name)
         self.moments.forget(name)

@@ -42,6 +42,7 @@ from pyro_blr.transactions import AllOrNothing, NothingKept
 __all__ = ["BLRInference"]
 
 _PATIENCE = 10  # steps on the same full data before their optimum is sought at once
+_NO_GAIN = 0.01  # nats between two such searches
 
 
 class BLRInference:
@@ -102,6 +103,8 @@ class BLRInference:
         self._observed: set[str] = set()
         self._bound: tuple[Program, float] | None = None
         self._settled: Program | None = None
+        self._patience = _PATIENCE  # the step that seeks the optimum next
+        self._sought: tuple[Program | None, float] = None, 0.0  # where the last search ended
         self._attempts: Attempts | None = None  # a run that was cut short
         self._ready = False
         self._num_steps = 0
@@ -137,7 +140,7 @@ class BLRInference:
             self._bound = program, self._history[-1]
             if is_last and not self._parameters.found(program):
                 self._settled = program
-            elif self._num_steps == _PATIENCE:
+            elif self._num_steps == self._patience:
                 self._settle_down(program)
             with uninterrupted():  # last: nothing after it can fail
                 self._parameters.step(program, ascent)
@@ -145,15 +148,21 @@ class BLRInference:
         return loss
 
     def _settle_down(self, program: Program) -> None:
-        """Draws on full data: a script that goes on for thousands of steps gets its optimum now, and pays no more for it."""
+        """Draws on full data: a script that goes on for thousands of steps gets its optimum now, and pays no more for it.
+
+        Where a hundred sweeps do not reach it, it is sought again after as many steps as there were, until they gain nothing.
+        """
+        self._patience = 2 * self._num_steps
         if program.is_exact or program.is_subsampled or self._parameters.found(program):
             return
         run = self._run_from_here(program, max_steps=100, tol=1e-3, progress=False)
         run.go(lambda: self._ascent(program), self._parameters)
         self._commit(run.ascent)
         self._history[-1] = run.elbo
-        if run.converged:
+        last, before = self._sought
+        if run.converged or (last is program and run.elbo <= before + max(_NO_GAIN, 3 * run.ascent.bound_se)):
             self._settled, self._outcome = program, run.outcome()
+        self._sought = program, run.elbo
 
     @adopting
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -304,6 +313,7 @@ class BLRInference:
             self._commit(ascent)
             self._last = ascent.last
         self._ready, self._num_steps, self._history = True, 0, []
+        self._patience = _PATIENCE
 
     def _given(self, program: Program) -> list[str]:
         """Blocks whose start `init` says."""

@@ -29,6 +29,8 @@ class AllOrNothing:
         "_call",
         "_bound",
         "_settled",
+        "_patience",
+        "_sought",
         "_attempts",
     )
 

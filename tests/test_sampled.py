@@ -595,6 +595,32 @@ def test_steps_agree_with_quadrature(
         near(engine.posterior[name], best.mean(), best.std(), means=4 * mean_error, sds=4 * sd_error)
 
 
+@pytest.mark.parametrize("sweeps", [2, 0])
+def test_an_optimum_that_was_not_reached_is_sought_again(sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches of two sweeps at steps 10, 20, 40, ... get there in the end; searches that gain nothing are given up."""
+    plain = BLRInference._run_from_here
+    tried = []
+
+    def short(engine: BLRInference, program: Any, **options: Any) -> Any:
+        tried.append(engine._num_steps)
+        return plain(engine, program, **{**options, "max_steps": sweeps})
+
+    monkeypatch.setattr(BLRInference, "_run_from_here", short)
+    engine = BLRInference(normal_and_gamma, blocks="sites")
+    for _ in range(330):
+        engine.step()
+    assert tried == [10 * 2**k for k in range(len(tried))] and len(tried) >= 2
+    assert engine._settled is engine._seen
+    assert not engine.posterior.converged
+    near(
+        engine.posterior["a"],
+        best_normal_and_gamma()[0].mean(),
+        best_normal_and_gamma()[0].std(),
+        means=4 * 0.05,
+        sds=4 * 0.05,
+    )
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_agrees_with_quadrature(seed: int) -> None:
     """The same model: four standard errors of `run`, 0.01 sd of the means and 0.003 of the sds over ten seeds."""
