@@ -31,12 +31,14 @@ from pyro_blr.parts import Part, UnreadableGuide
 from pyro_blr.readings import JointGaussian, MeanField, ReadGuide, States
 from pyro_blr.running import isolated_random_state
 from pyro_blr.statements import Statements, survey_statements
+from pyro_blr.summed import marginal_of
 
 __all__ = ["read_guide", "survey"]
 
 
-def read_guide(model: Callable, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> ReadGuide:
-    """The families that a guide denotes, tied to its parameters; raises UnreadableGuide where it denotes none.
+def read_guide(model: Callable, guide: Any, args: tuple, kwargs: Mapping[str, Any], loss: Any = None) -> ReadGuide:
+    """The families that a guide denotes, tied to its parameters; raises UnreadableGuide where it denotes none. Its model is without
+    the states that `loss` sums over.
 
     An autoguide that has not seen its model is set up here, as its first call does.
     """
@@ -44,6 +46,7 @@ def read_guide(model: Callable, guide: Any, args: tuple, kwargs: Mapping[str, An
         with poutine.block():
             guide(*args, **kwargs)
     parts = parts_of(guide, args, kwargs)
+    model = marginal_of(model, guide, loss, args, kwargs)
     return ReadGuide(model, parts, getattr(guide, "__name__", type(guide).__name__))
 
 

@@ -24,6 +24,7 @@ from pyro_blr.together import gaussian_natural
 
 __all__ = ["Curved", "survey_curved"]
 
+_MOST = 200  # parameters of one site
 _SEEDS = (1, 2, 3)  # of runs in which other latents differ
 
 
@@ -179,7 +180,8 @@ class _Cut(Messenger):
 
 def survey_curved(guide: Any, args: tuple, kwargs: Mapping[str, Any], names: Collection[str]) -> list[Curved]:
     """Of these sites those whose distribution is a family's, and a function of parameters that no other site has and of nothing else:
-    neither other latents, nor data, nor rows that a plate drew.
+    neither other latents, nor data, nor rows that a plate drew. None where one of them has more than 200 parameters: all are left to
+    `optim` then, whose steps cost less than messages from draws to so many.
     """
     with isolated_random_state(0), torch.enable_grad(), poutine.block(), poutine.trace() as tracer, _Cut():
         guide(*args, **kwargs)
@@ -196,6 +198,8 @@ def survey_curved(guide: Any, args: tuple, kwargs: Mapping[str, Any], names: Col
             continue
         statement = _Statement(name, guide, args, kwargs)
         if _is_function(statement, mine):
+            if sum(slot.leaf.numel() for slot in mine) > _MOST:
+                return []
             found.append(Curved(statement, mine))
     return found
 

@@ -34,15 +34,13 @@ from pyro_blr.requests import (
 from pyro_blr.running import isolated_random_state
 from pyro_blr.runs import Run
 from pyro_blr.searches import other_optima
+from pyro_blr.settling import Settling
 from pyro_blr.starts import apply_init
 from pyro_blr.steps import first_targets, take_step
 from pyro_blr.symmetry import broken_start
 from pyro_blr.transactions import AllOrNothing, NothingKept
 
 __all__ = ["BLRInference"]
-
-_PATIENCE = 10  # steps on the same full data before their optimum is sought at once
-_NO_GAIN = 0.01  # nats between two such searches
 
 
 class BLRInference:
@@ -103,11 +101,9 @@ class BLRInference:
         self._observed: set[str] = set()
         self._bound: tuple[Program, float] | None = None
         self._settled: Program | None = None
-        self._patience = _PATIENCE  # the step that seeks the optimum next
-        self._sought: tuple[Program | None, float] = None, 0.0  # where the last search ended
+        self._settling = Settling()
         self._attempts: Attempts | None = None  # a run that was cut short
-        self._ready = False
-        self._num_steps = 0
+        self._ready, self._num_steps = False, 0
         self._history: list[float] = []
         self._outcome: dict[str, Any] = {}
         self._call: tuple[tuple, dict[str, Any]] = ((), {})
@@ -140,7 +136,7 @@ class BLRInference:
             self._bound = program, self._history[-1]
             if is_last and not self._parameters.found(program):
                 self._settled = program
-            elif self._num_steps == self._patience:
+            elif self._num_steps == self._settling.due:
                 self._settle_down(program)
             with uninterrupted():  # last: nothing after it can fail
                 self._parameters.step(program, ascent)
@@ -148,21 +144,16 @@ class BLRInference:
         return loss
 
     def _settle_down(self, program: Program) -> None:
-        """Draws on full data: a script that goes on for thousands of steps gets its optimum now, and pays no more for it.
-
-        Where a hundred sweeps do not reach it, it is sought again after as many steps as there were, until they gain nothing.
-        """
-        self._patience = 2 * self._num_steps
+        """Draws on full data: a script that goes on for thousands of steps gets its optimum now, and pays no more for it."""
         if program.is_exact or program.is_subsampled or self._parameters.found(program):
             return
         run = self._run_from_here(program, max_steps=100, tol=1e-3, progress=False)
         run.go(lambda: self._ascent(program), self._parameters)
         self._commit(run.ascent)
         self._history[-1] = run.elbo
-        last, before = self._sought
-        if run.converged or (last is program and run.elbo <= before + max(_NO_GAIN, 3 * run.ascent.bound_se)):
+        if run.converged or self._settling.gains_nothing(program, run.elbo, run.ascent.bound_se):
             self._settled, self._outcome = program, run.outcome()
-        self._sought = program, run.elbo
+        self._settling = Settling(2 * self._num_steps, program, run.elbo)
 
     @adopting
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -236,12 +227,12 @@ class BLRInference:
         if not self._ready:
             raise RuntimeError("there is no posterior yet: call step or run first")
         self._q.refresh()
-        args, kwargs = self._call
+        (args, kwargs), model = self._call, getattr(self._q, "read_model", self.model)
         outcome = {"history": self._history, "num_steps": self._num_steps, **self._outcome}
         if self._seen is not None and not self._seen.is_confined:
             outcome["response"] = partial(linear_response, self._seen, self._q.naturals)
             outcome["search"] = cache(partial(other_optima, self._seen, self._q.naturals))
-        return Posterior(self._q.blocks, self._q.naturals, model=self.model, args=args, kwargs=kwargs, **outcome)
+        return Posterior(self._q.blocks, self._q.naturals, model=model, args=args, kwargs=kwargs, **outcome)
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
@@ -250,7 +241,7 @@ class BLRInference:
         if self._programs is None and (self._ordinary is None or not self._ordinary.has_run):
             try:
                 with isolated_random_state():
-                    q = read_guide(self.model, self.guide, args, kwargs)
+                    q = read_guide(self.model, self.guide, args, kwargs, self.loss)
                     programs = Programs(q.model, q.factorisation)
                     program = programs.run(args, kwargs)
                     q.setup(program.graph)
@@ -312,8 +303,7 @@ class BLRInference:
             ascent = broken_start(self._ascent(program))
             self._commit(ascent)
             self._last = ascent.last
-        self._ready, self._num_steps, self._history = True, 0, []
-        self._patience = _PATIENCE
+        self._ready, self._num_steps, self._history, self._settling = True, 0, [], Settling()
 
     def _given(self, program: Program) -> list[str]:
         """Blocks whose start `init` says."""

@@ -20,6 +20,7 @@ from pyro_blr.marginals import gaussian_moments
 from pyro_blr.messages import Messages
 from pyro_blr.parameters import Slot, remembered
 from pyro_blr.parts import Part, UnreadableGuide, independent_gaussian
+from pyro_blr.summed import SummedOut
 
 __all__ = ["JointGaussian", "MeanField", "ReadGuide", "States"]
 
@@ -167,7 +168,7 @@ class ReadGuide(AutoExponentialFamily):
         super().__init__(poutine.infer_config(model, options), "sites")  # type: ignore[arg-type]
         if groups:
             self.factorisation = Grouping(groups, flat)
-        self._parts, self.title, self._writes = tuple(parts), title, True
+        self.read_model, self._parts, self.title, self._writes = model, tuple(parts), title, True
         self._seen: list[Tensor] = []
 
     @property
@@ -209,6 +210,10 @@ class ReadGuide(AutoExponentialFamily):
 
     def check(self, messages: Messages, targets: Callable[[], Mapping[str, Tensor]]) -> None:
         """Raises UnreadableGuide where the guide cannot follow the rule."""
+        if isinstance(self.read_model, SummedOut) and messages.graph.failure is not None:
+            raise UnreadableGuide(
+                f"{', '.join(sorted(self.read_model.states))} are left to loss, whose sum cannot be recorded ({messages.graph.failure})"
+            )
         for obstacle in filter(None, (part.obstacle(self.blocks, messages, targets) for part in self._parts)):
             raise UnreadableGuide(obstacle)
 
@@ -224,7 +229,9 @@ class ReadGuide(AutoExponentialFamily):
 
     def notes(self) -> list[str]:
         text = f"the guide, {self.title}, is read as these families: natural gradients; its parameters hold the result"
-        return [text, *filter(None, (part.note for part in self._parts))]
+        summed = self.read_model.note if isinstance(self.read_model, SummedOut) else ""
+        more = [summed, *(part.note for part in self._parts)]
+        return [text, *filter(None, more)]
 
     def refresh(self) -> bool:
         """Reads λ again if somebody else moved the parameters (a loaded store, a training loop between steps)."""

@@ -29,8 +29,7 @@ class AllOrNothing:
         "_call",
         "_bound",
         "_settled",
-        "_patience",
-        "_sought",
+        "_settling",
         "_attempts",
     )
 

@@ -108,6 +108,7 @@ LAYERS = [
     "climbs",
     "portfolio",
     "steps",
+    "settling",
     # What a method of Posterior or of the engine is made of stands below it, and is told what it needs.
     "diagnostics",
     "explain",
@@ -121,6 +122,7 @@ LAYERS = [
     "parameters",
     "links",
     "parts",
+    "summed",
     "readings",
     "laws",
     "statements",

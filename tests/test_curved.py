@@ -348,6 +348,20 @@ def test_means_that_are_shared_where_elements_meet_are_left_to_optim() -> None:
     assert engine._ordinary is not None
 
 
+def test_sites_of_many_parameters_are_left_to_optim() -> None:
+    def model() -> None:
+        with pyro.plate("many", 201):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        with pyro.plate("many", 201):
+            pyro.sample("z", dist.Normal(pyro.param("m", torch.ones(201)), 0.5))
+
+    engine = BLRInference(model, guide, Adam({"lr": 0.01}))
+    engine.step()
+    assert engine._ordinary is not None
+
+
 def test_explain_says_what_it_is() -> None:
     def guide(data: Tensor) -> None:
         pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.0)), 0.7))

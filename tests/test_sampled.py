@@ -586,7 +586,7 @@ def test_steps_agree_with_quadrature(
     or none does: within four standard errors, in sds (root mean squares over six and ten seeds).
     """
     if not settles:
-        monkeypatch.setattr("pyro_blr.inference._PATIENCE", math.inf)
+        monkeypatch.setattr("pyro_blr.settling.PATIENCE", math.inf)
     pyro.set_rng_seed(0)
     engine = BLRInference(normal_and_gamma, blocks="sites")
     for _ in range(steps):
