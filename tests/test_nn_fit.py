@@ -75,7 +75,7 @@ def test_linear_regression_with_gamma_precisions_has_the_mean_field_optimum(batc
     x, y = data()
     mean, precision, noise, weights, elbo = coordinate_ascent(x, y)
     engine = BLRInference(relevance(bayesian(linear(), seed=0, trust=1.0), batch))
-    for _ in range(500):
+    for _ in range(500 if batch == SIZE else 1200):  # the rates of minibatches forget the first steps as t^-2.3
         engine.step(x, y)
     posterior = engine.posterior
     tolerance = 1.0 if batch == SIZE else 3.0  # a quarter of the data a step: twice the noise, and what the rows add
