@@ -236,7 +236,10 @@ class Posterior:
     def linear_response(self) -> LinearResponse:
         """Covariances that q's factors leave out, from how the optimum moves when the model is tilted."""
         if self._response is None:
-            raise ValueError("the posterior was read from a file or copied, without its engine; use engine.posterior")
+            raise ValueError(
+                "the posterior was fitted with a network, or with a guide whose sites are not all families; or it was read from a file or "
+                "copied, without its engine; use engine.posterior"
+            )
         return self._response()
 
     def other_optima(self) -> Sequence[Restart]:
