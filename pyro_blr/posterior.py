@@ -237,8 +237,7 @@ class Posterior:
         """Covariances that q's factors leave out, from how the optimum moves when the model is tilted."""
         if self._response is None:
             raise ValueError(
-                "the posterior was fitted with a network, or with a guide whose sites are not all families; or it was read from a file or "
-                "copied, without its engine; use engine.posterior"
+                "q has a network or a guide's own parts, or was read from a file or copied, without its engine; use engine.posterior"
             )
         return self._response()
 
