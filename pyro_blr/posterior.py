@@ -236,9 +236,7 @@ class Posterior:
     def linear_response(self) -> LinearResponse:
         """Covariances that q's factors leave out, from how the optimum moves when the model is tilted."""
         if self._response is None:
-            raise ValueError(
-                "q has a network or a guide's own parts, or was read from a file or copied, without its engine; use engine.posterior"
-            )
+            raise ValueError("q has a network, or was read or copied without its engine; use engine.posterior")
         return self._response()
 
     def other_optima(self) -> Sequence[Restart]:
