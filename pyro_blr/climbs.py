@@ -77,6 +77,7 @@ def guarded_sweep(
     coarse = any(block.dtype != torch.float64 for block in ascent.program.blocks.values())
     rounding = _COARSE if coarse else _FINE
     farthest = longest(ascent)
+    noise = ascent.program.messages.quadrature_noise  # here: where a step has gone too far it is as large as the fall
     for _ in range(_HALVINGS):
         ascent.beliefs, ascent.astray = start.copy(), 0.0
         try:
@@ -92,7 +93,6 @@ def guarded_sweep(
             moved = moved_nats(ascent, start)
             errors = 3.0 if moved < _SMALL else 1.0
             still = max(moved, ascent.astray) < _STILL * rate**2
-            noise = ascent.program.messages.quadrature_noise
             if before is None or still or (moved < farthest and _holds(before, after, errors, noise, rounding)):
                 return Sweep(after, moved / rate**2, ascent.astray, rate)
         rate *= 0.5

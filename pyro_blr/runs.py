@@ -197,7 +197,7 @@ class Run:
                 break
             self.place = replace(self.place, halt=None, centre=None)
         if climbed.converged:
-            self._stop(f"the remaining distance to the optimum of the bound is below {tol:g} nats")
+            self._stop(f"the remaining distance to the optimum of the bound is below {self.place.tol:.1g} nats")
         elif self.num_steps < self.max_steps:
             self.stop_reason = f"the steps did not settle: {climbed.last:.2g} nats apart, expected {tol:g}"
             self.ascent.refuse_improper(0, 0, settled=False)
