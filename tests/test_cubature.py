@@ -254,7 +254,7 @@ def test_steps_reach_what_the_run_reaches(best_softmax: tuple[Tensor, Tensor, fl
 
 
 def test_a_first_step_that_goes_too_far_is_shortened() -> None:
-    """Eight funnels in float32: from as wide as the prior a full step ends at a bound of −3e27, where its own integrals' error is as large."""
+    """Eight funnels in float32: from the prior a full step ends at a bound of −3e27, known to as much."""
     y, sigma = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12]), torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
 
     def model() -> None:
