@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -122,7 +123,8 @@ class Curved(Part):
         """λ(θ)."""
         assert self._block is not None
         law = self.statement.law(self._slots, place)
-        return natural_in(self._block, self.statement.site, law.family, law.differentiable(), law.transform)
+        natural = natural_in(self._block, self.statement.site, law.family, law.differentiable(), law.transform)
+        return natural if law.is_valid else torch.full_like(natural, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,11 @@ class _Statement:
     def law(self, slots: Sequence[Slot], place: Sequence[Tensor], seed: int = 0) -> Any:
         """Its distribution where these parameters have these unconstrained values."""
         values = {slot.name: transform_to(slot.constraint)(x) for slot, x in zip(slots, place, strict=True)}
+        # places where a distribution objects to its arguments are told by `is_valid`
         with isolated_random_state(seed), poutine.block(), _AsFarAs(self.site, values) as stop:
             try:
-                self.guide(*self.args, **self.kwargs)
+                with pyro.validation_enabled(False):
+                    self.guide(*self.args, **self.kwargs)
             except _Reached:
                 return law_of(self.site, stop.distribution)
         raise UnreadableGuide(f"it samples {self.site} in some runs only")

@@ -12,6 +12,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.constraints import is_dependent
 from torch.distributions.transforms import ComposeTransform
 
 from pyro_blr.blocks import Block
@@ -47,6 +48,14 @@ class Law(NamedTuple):
     def distribution_class(self) -> type:
         """The class that makes the distribution from its arguments."""
         return next(c for c in type(self.base).__mro__ if issubclass(c, TorchDistributionMixin))
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the arguments are what the distribution takes: parameters without a constraint of their own may leave it."""
+        checks = self.base.arg_constraints
+        return all(
+            bool(checks[name].check(x).all()) for name, x in self.arguments.items() if not is_dependent(checks[name])
+        )
 
     def differentiable(self) -> Any:
         """The same distribution made again of its own arguments in float64, derivatives and all."""

@@ -12,13 +12,14 @@ from pyro_blr.graph import Site
 
 __all__ = ["copies_of", "options_of"]
 
-_KNOWN = ("family", "block", "copies", "within")
+_KNOWN = ("family", "block", "copies")
+_OWN = ("within",)  # what a guide that was read says
 
 
 def options_of(site: Site) -> Mapping[str, Any]:
     """The options of a site; raises ValueError for one that does not exist."""
     options = site.infer.get("blr", {})
-    unknown = sorted(set(options) - set(_KNOWN))
+    unknown = sorted(set(options) - {*_KNOWN, *_OWN})
     if unknown:
         raise ValueError(
             f"site {site.name!r}: found {unknown} in infer={{'blr': ...}}, expected some of {list(_KNOWN)}"

@@ -382,3 +382,27 @@ def test_a_start_that_somebody_moves_is_where_it_goes_on() -> None:
     engine.step(DATA)
     np.testing.assert_allclose(here - engine.evaluate_loss(DATA), expected, rtol=1e-9)
     np.testing.assert_allclose(pyro.param("m").item(), MEAN, rtol=1e-9)
+
+
+def test_a_parameter_without_a_constraint_stays_where_its_distribution_has_it() -> None:
+    """Probabilities shared by a plate, as Pyro's own tests write them: a full Newton step leaves the simplex."""
+    data = torch.tensor([-1.5, -0.3, 0.2, 0.4, 1.8, 2.5])
+    locs, prior = torch.tensor([-3.0, 0.3, 0.5]), torch.tensor([0.2, 0.3, 0.5])
+
+    def model() -> None:
+        with pyro.plate("plate", 6):
+            x = pyro.sample("x", dist.Categorical(prior))
+            pyro.sample("obs", dist.Normal(locs[x], 1.0), obs=data)
+
+    def guide() -> None:
+        p = pyro.param("p", torch.tensor([0.5, 0.3, 0.2]))
+        with pyro.plate("plate", 6):
+            pyro.sample("x", dist.Categorical(p))
+
+    engine = BLRInference(model, guide)
+    for _ in range(5):
+        engine.step()
+    # Σ_n E_q[log p(x, y_n)] + 6 H(q) is highest at q ∝ prior · exp of the average log likelihood
+    scores = prior.log() + dist.Normal(locs, 1.0).log_prob(data[:, None]).mean(0)
+    p = pyro.param("p").detach()
+    assert torch.allclose((p / p.sum()).double(), scores.softmax(0).double(), atol=1e-6)

@@ -30,6 +30,15 @@ from pyro_blr.checks import ImproperPosteriorError
 from pyro_blr.interrupts import patient, uninterrupted
 from pyro_blr.messages import Messages
 
+
+@pytest.fixture(autouse=True)
+def default_handler() -> Iterator[None]:
+    """Python's own handler: what a shell starts in the background ignores Ctrl-C."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
+
+
 GENERATOR = torch.Generator().manual_seed(5)
 
 

@@ -70,15 +70,9 @@ def a_rest() -> None:
         pyro.sample("p", dist.Beta(a[:2], pyro.param("b", lambda: torch.ones(2), constraint=positive)))
 
 
-@pytest.mark.parametrize(
-    ("guide", "reason"),
-    [
-        (one_for_both, "concentration1 and concentration0 of p share the parameter 'a'"),
-        (a_rest, "elements of its parameter 'a' at p belong to no family"),
-    ],
-)
-def test_parameters_that_are_not_the_sites_own(guide: Callable, reason: str) -> None:
-    """λ could not go where the rule moves it: ordinary gradients, and the reason."""
+@pytest.mark.parametrize("guide", [one_for_both, a_rest])
+def test_parameters_that_do_not_fill_the_family(guide: Callable) -> None:
+    """λ cannot go where the rule moves it: it goes as near as the guide has (tests/test_curved.py), and explain says so."""
     engine = BLRInference(coins, guide)
     engine.step()
-    assert reason in str(engine.explain().to_dict())
+    assert "need not give every member of its family" in str(engine.explain().to_dict())

