@@ -201,7 +201,7 @@ def survey_curved(guide: Any, args: tuple, kwargs: Mapping[str, Any], names: Col
         if not mine or drawn or is_weighted(nodes[name]) or any(slot.name in others for slot in mine):
             continue
         statement = _Statement(name, guide, args, kwargs)
-        if _is_function(statement, mine):
+        if _is_function(statement, mine) and _is_itself(statement, mine, nodes[name]["fn"]):
             if sum(slot.leaf.numel() for slot in mine) > _MOST:
                 return []
             found.append(Curved(statement, mine))
@@ -241,6 +241,13 @@ def _is_function(statement: _Statement, slots: Sequence[Slot]) -> bool:
         return False
     first = laws[0].arguments
     return all(_alike(first, law.arguments) for law in laws[1:])
+
+
+def _is_itself(statement: _Statement, slots: Sequence[Slot], distribution: Any) -> bool:
+    """Whether the parameters' own values give the distribution that was seen: a module may have constraints that only it knows."""
+    seen = law_of(statement.site, distribution).arguments
+    made = statement.law(slots, [slot.leaf.detach().double() for slot in slots]).arguments
+    return seen.keys() == made.keys() and all(torch.allclose(seen[n].double(), made[n], rtol=1e-4) for n in seen)
 
 
 def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
